@@ -1,0 +1,198 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .._custom_types import LinearMap
+from .._misc import stop_gradient
+
+
+while_loop = ft.partial(eqxi.while_loop, kind="lax")
+
+
+def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: tuple[Any, ...]) -> None:
+    """Refuses problems whose `rewrite_fn` is not `f(z) - z`.
+
+    Optimistix rewrites a fixed-point problem that it is to solve with a least-squares
+    method or a minimiser, and a root-finding problem may have either sign. An adjoint
+    that iterates on the rewritten problem would diverge, or return a wrong gradient.
+    """
+    if not any(isinstance(x, optx.AbstractFixedPointSolver) for x in inputs):
+        name = type(adjoint).__name__
+        raise ValueError(
+            f"`{name}` needs a fixed-point problem that is solved by a fixed-point "
+            "solver, as in `optimistix.fixed_point(f, eqimplicit.Anderson(...), ...)`. "
+            "Wrap a root finder as `eqimplicit.RootAsFixedPoint(optimistix.Newton(...))"
+            "`; for root-finding, least-squares and minimisation problems use "
+            "`eqimplicit.ImplicitAdjoint`."
+        )
+
+
+def attach_steps(
+    adjoint: optx.AbstractAdjoint,
+    primal_fn: Callable,
+    rewrite_fn: Callable,
+    inputs: tuple[Any, ...],
+    num_steps: int,
+    damping: Any,
+) -> tuple[PyTree[Array], PyTree[Any]]:
+    """Solves without a derivative, then takes differentiable damped steps."""
+    check_fixed_point(adjoint, inputs)
+    root, residual = primal_fn(stop_gradient(inputs) + (while_loop,))
+    steps = _DampedSteps(rewrite_fn, num_steps)
+    damping, residual = stop_gradient((damping, residual))
+    root = _once_differentiable(
+        steps, type(adjoint).__name__, root, residual, inputs, damping
+    )
+    return root, residual
+
+
+def apply_implicit_rule(
+    adjoint: optx.AbstractAdjoint,
+    primal_fn: Callable,
+    rewrite_fn: Callable,
+    inputs: tuple[Any, ...],
+    linear_solve: Callable[[LinearMap, PyTree[Array]], PyTree[Array]],
+    *,
+    exact: bool,
+) -> tuple[PyTree[Array], PyTree[Any]]:
+    r"""Gives the solution the tangent $S \, \partial f / \partial \theta \,
+    \dot\theta$, where `linear_solve` applies $S \approx (I - J)^{-1}$.
+
+    `exact` says that $S$ is that inverse, so that derivatives of the derivative are
+    true; otherwise they are refused.
+    """
+    name = None if exact else type(adjoint).__name__
+    inputs = inputs + (while_loop,)
+    return _implicit(primal_fn, rewrite_fn, inputs, linear_solve, name)
+
+
+class _DampedSteps(eqx.Module):
+    rewrite_fn: Callable
+    num_steps: int = eqx.field(static=True)
+
+    def __call__(self, root, residual, inputs, damping):
+        def step(z, _):
+            change = self.rewrite_fn(z, residual, inputs)
+            return jtu.tree_map(
+                lambda zi, ci: zi + jnp.asarray(damping, zi.dtype) * ci, z, change
+            ), None
+
+        if self.num_steps == 1:
+            return step(root, None)[0]
+        return lax.scan(step, root, length=self.num_steps)[0]
+
+
+def _refuse_second_derivative(primals: PyTree[Any], name: str) -> PyTree[Any]:
+    return eqxi.nondifferentiable(
+        primals,
+        msg=(
+            f"Derivatives of a derivative by `{name}` are not defined: they would be "
+            "those of an approximation, neither of the gradient that it returned nor "
+            "of the exact one. Use `eqimplicit.ImplicitAdjoint` for second derivatives."
+        ),
+    )
+
+
+def _split(primals: PyTree[Any], tangents: PyTree[Any]) -> tuple[PyTree[Any], ...]:
+    unperturbed = jtu.tree_map(
+        lambda t: t is None, tangents, is_leaf=lambda t: t is None
+    )
+    fixed, perturbed = eqx.partition(primals, unperturbed, is_leaf=lambda x: x is None)
+    return perturbed, fixed
+
+
+@eqx.filter_custom_jvp
+def _once_differentiable(fn, name, *args):
+    del name
+    return fn(*args)
+
+
+@_once_differentiable.def_jvp
+def _once_differentiable_jvp(primals, tangents):
+    fn, name, *args = primals
+    _, _, *t_args = tangents
+    perturbed, fixed = _split(_refuse_second_derivative(args, name), t_args)
+    return jax.jvp(lambda p: fn(*eqx.combine(p, fixed)), (perturbed,), (t_args,))
+
+
+@eqx.filter_custom_jvp
+def _implicit(primal_fn, rewrite_fn, inputs, linear_solve, name):
+    del rewrite_fn, linear_solve, name
+    return jtu.tree_map(jnp.asarray, primal_fn(inputs))
+
+
+@_implicit.def_jvp
+def _implicit_jvp(primals, tangents):
+    primal_fn, rewrite_fn, inputs, linear_solve, name = primals
+    _, _, t_inputs, _, _ = tangents
+    # Itself again, so that a derivative of this rule sees the root's own derivative.
+    out = _implicit(primal_fn, rewrite_fn, inputs, linear_solve, name)
+    root, residual = out
+    if name is not None:
+        root, inputs = _refuse_second_derivative((root, inputs), name)
+
+    perturbed, fixed = _split(inputs, t_inputs)
+    _, t_image = jax.jvp(
+        lambda p: rewrite_fn(root, residual, eqx.combine(p, fixed)),
+        (perturbed,),
+        (t_inputs,),
+    )
+    _, minus_operator = jax.linearize(lambda z: rewrite_fn(z, residual, inputs), root)
+    operator = lambda v: jtu.tree_map(jnp.negative, minus_operator(v))
+    t_root = linear_solve(operator, t_image)
+    return out, (t_root, jtu.tree_map(lambda _: None, residual))
+
+
+class LinearSolve(eqx.Module):
+    """Applies a Lineax solver to a linear map, so that the result is differentiable and
+    transposable whatever the solver does inside, and so that it raises only on demand.
+
+    (A differentiated `lineax.linear_solve` always raises on failure, by means of a host
+    callback.)
+    """
+
+    solver: lx.AbstractLinearSolver
+    tags: frozenset[object]
+    throw: bool
+
+    def __call__(self, operator: LinearMap, vector: PyTree[Array]) -> PyTree[Array]:
+        return lax.custom_linear_solve(
+            operator,
+            vector,
+            solve=ft.partial(self._solve, self.tags),
+            transpose_solve=ft.partial(self._solve, lx.transpose_tags(self.tags)),
+        )
+
+    def _solve(self, tags, matvec, vector):
+        structure = jax.eval_shape(lambda: vector)
+        operator = lx.FunctionLinearOperator(matvec, structure, tags)
+        solver = stop_gradient(self.solver)
+        state = solver.init(operator, {})
+        solution, result, _ = solver.compute(state, vector, {})
+        # A masked loss has zero cotangents, on which some solvers divide zero by zero.
+        zeros = [jnp.all(leaf == 0) for leaf in jtu.tree_leaves(vector)]
+        is_zero = jnp.all(jnp.stack(zeros))
+        if self.throw:
+            failed = (result != lx.RESULTS.successful) & ~is_zero
+            solution = result.error_if(solution, failed)
+        return jtu.tree_map(lambda x: jnp.where(is_zero, 0, x), solution)
+
+
+def negate_tags(tags: frozenset[object]) -> frozenset[object]:
+    """Tags of a matrix to those of its negative."""
+    negative = {
+        lx.positive_semidefinite_tag: lx.negative_semidefinite_tag,
+        lx.negative_semidefinite_tag: lx.positive_semidefinite_tag,
+    }
+    tags = frozenset(negative.get(tag, tag) for tag in tags)
+    return tags - {lx.unit_diagonal_tag}

@@ -1,0 +1,78 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .._linear_solver.gmres import GMRES
+from .._linear_solver.neumann_krylov import NeumannKrylov
+from .base import apply_implicit_rule, LinearSolve, negate_tags
+
+
+class ImplicitAdjoint(optx.AbstractAdjoint):
+    r"""Exact differentiation by the implicit function theorem,
+
+    $$\frac{\mathrm{d}z}{\mathrm{d}\theta} = (I - J)^{-1} \frac{\partial f}{\partial
+    \theta},$$
+
+    in reverse mode by solving $(I - J)^\top w = g$ for the cotangent $g$ to the
+    tolerance of a linear solver.
+
+    Compared with [`optimistix.ImplicitAdjoint`][]: the default solver is matrix-free
+    and takes no more products with $J$ than the tolerance asks for; an unfinished
+    backward solve raises only with `throw=True`; there is no host callback in the
+    compiled gradient otherwise; and a zero cotangent gives a zero gradient with any
+    solver.
+
+    Accepts every problem of Optimistix, also root-finding, least-squares and
+    minimisation problems. The value is the solution, unchanged.
+
+    Costs one linearisation of `f` and as many products with $J$ as the linear solver
+    needs. Memory for one application and the solver's own. Forward mode and derivatives
+    of any order work. Auxiliary outputs and stats have no derivative.
+
+    !!! warning
+
+        The gradient is that of an exact solution, so it is only as good as the solution
+        and the linear solve are. See [`eqimplicit.gradient_report`][] for the residual
+        of the backward solve, which has no way out of `jax.grad`.
+    """
+
+    linear_solver: lx.AbstractLinearSolver = NeumannKrylov(
+        rtol=1e-6, atol=0.0, fallback=GMRES(rtol=1e-6, atol=0.0)
+    )
+    throw: bool = eqx.field(default=False, static=True)
+
+    def __check_init__(self):
+        if not isinstance(self.linear_solver, lx.AbstractLinearSolver):
+            raise TypeError(
+                "`linear_solver` must be a `lineax.AbstractLinearSolver`, for example "
+                f"`eqimplicit.GMRES(1e-6, 0.0)`. Got {self.linear_solver!r}."
+            )
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree[Any],
+        tags: frozenset[object],
+    ) -> PyTree[Array]:
+        # `tags` describe the Jacobian of the rewritten problem, J - I.
+        linear_solve = LinearSolve(self.linear_solver, negate_tags(tags), self.throw)
+        return apply_implicit_rule(
+            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=True
+        )
+
+
+ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `linear_solver`: any Lineax solver, for the matrix $I - J$. The default iterates
+    Neumann's series while that contracts, and otherwise turns to GMRES, to a residual
+    of `1e-6` relative to the right-hand side.
+- `throw`: whether to raise an error, at run time, if the linear solve did not finish.
+    It costs a host callback in each compiled gradient.
+
+**Raises:** a `TypeError` if `linear_solver` is not a linear solver.
+"""

@@ -1,0 +1,80 @@
+from collections.abc import Iterator
+from typing import Any
+
+import jax.extend as jex
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import PyTree
+
+from .._misc import check_positive_int, state_dtype
+
+
+def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
+    if isinstance(solver, optx.AbstractRootFinder):
+        raise TypeError(
+            f"`solver` must be a fixed-point solver. Got the root finder {solver!r}; "
+            "wrap it as `eqimplicit.RootAsFixedPoint(solver)`."
+        )
+    if not isinstance(solver, optx.AbstractFixedPointSolver):
+        raise TypeError(
+            "`solver` must be an instance of `optimistix.AbstractFixedPointSolver`, "
+            f"for example `eqimplicit.Anderson(1e-4, 1e-4)`. Got {solver!r}."
+        )
+    if not isinstance(adjoint, optx.AbstractAdjoint):
+        raise TypeError(
+            "`adjoint` must be an instance of `optimistix.AbstractAdjoint`, for "
+            f"example `eqimplicit.ImplicitAdjoint()`. Got {adjoint!r}."
+        )
+    check_positive_int("max_steps", max_steps)
+
+
+def check_same_structure(
+    name: str, output: PyTree[Any], state: PyTree[Any], remedy: str
+) -> None:
+    """Names the first leaf in which the output of a map differs from its state."""
+    state_dtype(state)
+    output_def, state_def = jtu.tree_structure(output), jtu.tree_structure(state)
+    if output_def != state_def:
+        raise ValueError(
+            f"`{name}` must return a pytree of the structure of the state, "
+            f"{state_def}, but it returned {output_def}. {remedy}"
+        )
+    pairs = zip(jtu.tree_leaves_with_path(output), jtu.tree_leaves(state))
+    for (path, out), expected in pairs:
+        if out.shape != expected.shape or out.dtype != expected.dtype:
+            raise ValueError(
+                f"`{name}` must return what it is given, but leaf "
+                f"`state{jtu.keystr(path)}` has shape {expected.shape} and dtype "
+                f"{expected.dtype} in the state, and shape {out.shape} and dtype "
+                f"{out.dtype} in the output. {remedy}"
+            )
+
+
+def check_uncoupled(name: str, jaxpr: jex.core.Jaxpr) -> None:
+    """Refuses maps that communicate along a mapped axis from outside, as batch
+    normalisation in training mode does under `vmap(..., axis_name=...)`: the examples'
+    equations are coupled then, but each would be solved and differentiated as if alone.
+    """
+    for axis in _named_axes(jaxpr):
+        raise ValueError(
+            f"`{name}` communicates along the mapped axis {axis!r}, as batch "
+            "normalisation does in training mode, so that the examples' equations are "
+            "coupled. Take the whole batch as one state, with the `vmap` inside "
+            f"`{name}`; or freeze the statistics (inference mode); or use a "
+            "normalisation of each example, such as `equinox.nn.GroupNorm`."
+        )
+
+
+def _named_axes(jaxpr: jex.core.Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        for key in ("axes", "axis_name"):
+            axes = eqn.params.get(key, ())
+            axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+            yield from (axis for axis in axes if isinstance(axis, str))
+        for param in jtu.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(param):
+                yield from _named_axes(getattr(param, "jaxpr", param))
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))

@@ -1,0 +1,178 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._adjoint.implicit import ImplicitAdjoint
+from .._misc import stop_gradient
+from .._parametrisation.base import resolve
+from .._solver.anderson import Anderson
+from .base import check_same_structure, check_solve_arguments, check_uncoupled
+
+
+class DEQ(eqx.Module):
+    r"""A deep equilibrium layer: maps the input `x` to the solution `z` of
+
+    $$z = \text{cell}(z, x),$$
+
+    as a stack of infinitely many layers with the same weights would.
+
+    Takes one example, as all of Equinox does. Under `jax.vmap` every example stops on
+    its own. A cell that couples the examples, such as one with batch normalisation in
+    training mode, takes the whole batch as one state and does its `vmap` inside; it is
+    refused under a `vmap` with an axis name outside.
+
+    [Parametrisations][eqimplicit.AbstractParametrisation] in the cell are resolved once
+    per solve.
+
+    ??? cite "References"
+
+        ```bibtex
+        @inproceedings{bai2019deep,
+            author = {Bai, Shaojie and Kolter, J. Zico and Koltun, Vladlen},
+            title = {Deep Equilibrium Models},
+            booktitle = {Advances in Neural Information Processing Systems},
+            year = {2019},
+        }
+        ```
+    """
+
+    cell: Callable
+    solver: optx.AbstractFixedPointSolver = Anderson(1e-4, 1e-4)
+    adjoint: optx.AbstractAdjoint = ImplicitAdjoint()
+    max_steps: int = eqx.field(default=100, static=True)
+    throw: bool = eqx.field(default=False, static=True)
+    init: Callable | None = None
+
+    def __check_init__(self):
+        if not callable(self.cell):
+            raise TypeError(
+                f"`cell` must be callable as `cell(z, x)`. Got {self.cell!r}."
+            )
+        if self.init is not None and not callable(self.init):
+            raise TypeError(
+                f"`init` must be callable as `init(x)`, or None. Got {self.init!r}."
+            )
+        check_solve_arguments(self.solver, self.adjoint, self.max_steps)
+
+    def __call__(
+        self,
+        x: PyTree[Any],
+        z0: PyTree[Array] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        state: eqx.nn.State | None = None,
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`: the input, any pytree, passed to the cell.
+        - `z0`: the initial guess, a pytree of floating arrays of one dtype. By default
+            `init(x)`, and without an `init` zeros like `x`.
+        - `key`: if given, the cell is called as `cell(z, x, key=key)`, with the same
+            key at every evaluation: drop-out masks are frozen within a solve.
+        - `state`: if given, an `equinox.nn.State`, and the cell is called as
+            `cell(z, x, state)`, and returns a pair of its output and a new state.
+            Every evaluation sees the old state; the new one is that of the evaluation
+            at the solution.
+
+        **Returns:**
+
+        The solution `z`, or with a `state` the pair of `z` and the new state. It is
+        returned whether the solve has finished or not (unless `throw=True`):
+        [`eqimplicit.DEQ.solve`][] tells.
+
+        **Raises:** as [`eqimplicit.DEQ.solve`][].
+        """
+        solution = self.solve(x, z0, key=key, state=state)
+        if state is None:
+            return solution.value
+        return solution.value, solution.aux
+
+    def solve(
+        self,
+        x: PyTree[Any],
+        z0: PyTree[Array] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        state: eqx.nn.State | None = None,
+    ) -> optx.Solution:
+        """As calling the layer, but returns the whole [`optimistix.Solution`][].
+
+        **Arguments:** as for calling the layer.
+
+        **Returns:**
+
+        A [`optimistix.Solution`][]: `value` is the solution, `result` whether it was
+        found, `aux` the new Equinox state if there is one. `stats` holds `num_steps`,
+        and with the solvers of this package `num_evaluations` of the cell and the final
+        `residual`, in the norm of the solver.
+
+        **Raises:** a `ValueError` if the initial guess is empty, not floating, or of
+        mixed dtypes, if the cell returns anything other than its state in structure,
+        shape and dtype, or if it communicates along a mapped axis.
+        """
+        z0 = self._initial_guess(x, z0)
+        cell = _Evaluate(keyword={} if key is None else {"key": key})
+        args = (resolve(self.cell), x, state)
+        jaxpr, *output = eqx.filter_make_jaxpr(cell)(z0, args)
+        output, _ = eqx.combine(*output)
+        remedy = "Pass `z0`, or an `init`, that matches what the cell returns."
+        check_same_structure("cell", output, z0, remedy)
+        check_uncoupled("cell", jaxpr.jaxpr)
+        solution = optx.fixed_point(
+            cell,
+            self.solver,
+            z0,
+            args,
+            has_aux=True,
+            max_steps=self.max_steps,
+            adjoint=self.adjoint,
+            throw=self.throw,
+        )
+        return eqx.tree_at(
+            lambda s: s.aux,
+            solution,
+            stop_gradient(solution.aux),
+            is_leaf=lambda x: x is None,
+        )
+
+    def _initial_guess(self, x, z0):
+        if z0 is not None:
+            return jtu.tree_map(jnp.asarray, z0)
+        if self.init is not None:
+            return self.init(x)
+        return jtu.tree_map(jnp.zeros_like, eqx.filter(x, eqx.is_array_like))
+
+
+class _Evaluate(eqx.Module):
+    """The cell as Optimistix wants it, with the new Equinox state as auxiliary
+    output."""
+
+    keyword: dict[str, PRNGKeyArray]
+
+    def __call__(self, z, args):
+        cell, x, state = args
+        if state is None:
+            return cell(z, x, **self.keyword), None
+        return cell(z, x, state, **self.keyword)
+
+
+DEQ.__init__.__doc__ = """**Arguments:**
+
+- `cell`: a callable, as a rule a Module, `cell(z, x) -> z`.
+- `solver`: an [`optimistix.AbstractFixedPointSolver`][], of this package or any other.
+    Wrap a root finder in [`eqimplicit.RootAsFixedPoint`][].
+- `adjoint`: an [`optimistix.AbstractAdjoint`][]: how to differentiate the solution.
+- `max_steps`: the largest number of steps of the solver.
+- `throw`: whether to raise an error, at run time, if the solve has not finished. By
+    default the layer returns what it has, so that training goes on.
+- `init`: a callable `init(x) -> z0` that predicts the initial guess. It is not
+    differentiated, except by adjoints that differentiate the iteration.
+
+**Raises:** a `TypeError` for arguments of the wrong kind, a `ValueError` if `max_steps`
+is below 1.
+"""

@@ -1,0 +1,68 @@
+import abc
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, PyTree
+
+
+class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
+    """A linear solver that needs nothing but products with a square operator."""
+
+    @abc.abstractmethod
+    def solve(
+        self, operator: lx.AbstractLinearOperator, vector: PyTree[Array]
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        """Returns the solution, whether it was found, and statistics, among which
+        `num_products` counts the products with the operator.
+        """
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> lx.AbstractLinearOperator:
+        if len(options) > 0:
+            raise ValueError(
+                f"{type(self).__name__} accepts no `options`. Got {sorted(options)}."
+            )
+        if operator.in_structure() != operator.out_structure():
+            raise ValueError(
+                f"{type(self).__name__} solves square systems only, but the operator "
+                f"maps {operator.in_structure()} to {operator.out_structure()}."
+            )
+        return lx.linearise(operator)
+
+    def compute(
+        self,
+        state: lx.AbstractLinearOperator,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        del options
+        return self.solve(state, vector)
+
+    def transpose(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        return state.transpose(), options
+
+    def conj(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        return lx.conj(state), options
+
+    def assume_full_rank(self) -> bool:
+        return True
+
+
+def result_of(
+    converged: Bool[Array, ""], vector: PyTree[Array], residual: Array
+) -> lx.RESULTS:
+    """Why a solve ended that may not have met its tolerance."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(vector)]
+    finite = jnp.all(jnp.stack(finite))
+    result = lx.RESULTS.where(
+        jnp.isfinite(residual), lx.RESULTS.max_steps_reached, lx.RESULTS.breakdown
+    )
+    result = lx.RESULTS.where(finite, result, lx.RESULTS.nonfinite_input)
+    return lx.RESULTS.where(converged, lx.RESULTS.successful, result)

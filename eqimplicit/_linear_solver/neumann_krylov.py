@@ -1,0 +1,109 @@
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from equinox.internal import ω
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._misc import (
+    accumulation_dtype,
+    check_positive_int,
+    check_tolerances,
+    state_dtype,
+    two_norm,
+)
+from .base import AbstractMatrixFreeSolver
+
+
+class _State(eqx.Module):
+    solution: PyTree[Array]
+    residual_vector: PyTree[Array]
+    residual: Float[Array, ""]
+    num_products: Int[Array, ""]
+
+
+class NeumannKrylov(AbstractMatrixFreeSolver):
+    r"""Neumann iteration where it contracts, and another solver where it does not.
+
+    Iterates $r \leftarrow r - A r$, $x \leftarrow x + r$ from $r = b$, $x = 0$, while
+    the residual $\|r\|_2$ shrinks on average by the factor `rate` or better at each
+    product, until it meets $\text{atol} + \text{rtol} \|b\|_2$. Keeping no basis, it is
+    the cheapest method that there is for $A = I - J$ with a contractive $J$. As soon as
+    it becomes too slow, it gives up, and `fallback` solves the system.
+
+    Under `vmap` each example decides for itself, and `fallback` runs only if some
+    example needs it. The products of both are counted by `num_products`.
+    """
+
+    rtol: float | Float[Array, ""]
+    atol: float | Float[Array, ""]
+    fallback: AbstractMatrixFreeSolver
+    rate: float = 0.8
+    patience: int = eqx.field(default=4, static=True)
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        check_positive_int("patience", self.patience)
+        if not 0 < self.rate < 1:
+            raise ValueError(f"`rate` must lie in (0, 1). Got {self.rate!r}.")
+        if not isinstance(self.fallback, AbstractMatrixFreeSolver):
+            raise TypeError(
+                "`fallback` must be one of the linear solvers of this package, for "
+                f"example `GMRES(1e-6, 0.0)`. Got {self.fallback!r}."
+            )
+
+    def solve(
+        self, operator: lx.AbstractLinearOperator, vector: PyTree[Array]
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        dtype = accumulation_dtype(state_dtype(vector))
+        rtol, atol = lax.stop_gradient((self.rtol, self.atol))
+        size = two_norm(vector)
+        tolerance = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
+        log_rate = jnp.log(jnp.asarray(self.rate, dtype))
+
+        def go_on(state: _State) -> Bool[Array, ""]:
+            expected = size * jnp.exp(log_rate * state.num_products)
+            early = state.num_products < self.patience
+            contracts = early | (state.residual <= expected)
+            return (state.residual > tolerance) & contracts
+
+        def step(state: _State) -> _State:
+            r = state.residual_vector
+            new_r = (r**ω - operator.mv(r) ** ω).ω
+            return _State(
+                solution=(state.solution**ω + new_r**ω).ω,
+                residual_vector=new_r,
+                residual=two_norm(new_r),
+                num_products=state.num_products + 1,
+            )
+
+        # `solution` runs one product ahead of the residual that is known for sure.
+        state = _State(vector, vector, size, jnp.array(0))
+        state = lax.while_loop(go_on, step, state)
+        converged = state.residual <= tolerance
+
+        remaining = jtu.tree_map(lambda x: jnp.where(converged, 0, x), vector)
+        other, other_result, other_stats = self.fallback.solve(operator, remaining)
+        solution = jtu.tree_map(
+            lambda a, b: jnp.where(converged, a, b), state.solution, other
+        )
+        result = lx.RESULTS.where(converged, lx.RESULTS.successful, other_result)
+        num_products = state.num_products + other_stats["num_products"]
+        return solution, result, {"num_products": num_products}
+
+
+NeumannKrylov.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: tolerance relative to the size of the right-hand side.
+- `atol`: absolute tolerance. Not both may be zero.
+- `fallback`: the solver for systems on which the Neumann iteration is slow or diverges,
+    e.g. [`eqimplicit.GMRES`][].
+- `rate`: the slowest mean contraction per product to put up with, in (0, 1).
+- `patience`: the number of products before the contraction is judged.
+
+**Raises:** a `ValueError` or `TypeError` for arguments out of range or of the wrong
+kind.
+"""

@@ -1,0 +1,94 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.flatten_util as jfu
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, DTypeLike, Float, PyTree
+
+from ._custom_types import Vector
+
+
+def state_dtype(tree: PyTree[Any]) -> jnp.dtype:
+    """The one floating dtype that all leaves of a state share."""
+    leaves = jtu.tree_leaves_with_path(tree)
+    if sum(math.prod(leaf.shape) for _, leaf in leaves) == 0:
+        raise ValueError("The state of a fixed-point problem must not be empty.")
+    _, first = leaves[0]
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                "The state of a fixed-point problem must consist of real floating-point"
+                f" arrays, but leaf `state{jtu.keystr(path)}` has dtype {leaf.dtype}. "
+                "Convert it, or split a complex state into real and imaginary parts."
+            )
+        if leaf.dtype != first.dtype:
+            raise ValueError(
+                "The leaves of the state must share one dtype, but leaf "
+                f"`state{jtu.keystr(path)}` has dtype {leaf.dtype}, where the first "
+                f"leaf has {first.dtype}. Cast them to one dtype."
+            )
+    return first.dtype
+
+
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Norms and small dense algebra are computed in at least single precision."""
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def ravel(tree: PyTree[Array]) -> tuple[Vector, Callable[[Vector], PyTree[Array]]]:
+    """Flattens a pytree to a vector; a single leaf is only reshaped."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    if len(leaves) == 1:
+        (leaf,) = leaves
+        return leaf.reshape(-1), lambda v: treedef.unflatten([v.reshape(leaf.shape)])
+    return jfu.ravel_pytree(tree)
+
+
+def dot(a: Array, b: Array) -> Array:
+    """`a @ b` in full precision, accumulated in at least float32."""
+    return jnp.matmul(
+        a,
+        b,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=accumulation_dtype(a.dtype),
+    )
+
+
+def two_norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    """The Euclidean norm of all entries, accumulated in at least float32."""
+    leaves = [x.astype(accumulation_dtype(x.dtype)) for x in jtu.tree_leaves(tree)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves))
+
+
+def stop_gradient(tree: PyTree[Any]) -> PyTree[Any]:
+    """`jax.lax.stop_gradient` on the arrays of a pytree that may hold anything."""
+    return jtu.tree_map(
+        lambda x: lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree
+    )
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"`{name}` must be positive. Got {value!r}.")
+
+
+def check_tolerances(rtol: Any, atol: Any) -> None:
+    """Checks Python numbers; arrays (which may be traced) are let through."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative. Got {value!r}.")
+    if all(isinstance(tol, (int, float)) and tol == 0 for tol in (rtol, atol)):
+        raise ValueError(
+            "`rtol` and `atol` must not both be zero: no solve could finish. Set at "
+            "least one, e.g. `rtol=1e-4`."
+        )

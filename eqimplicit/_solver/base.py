@@ -1,0 +1,294 @@
+import abc
+from collections.abc import Callable
+from typing import Any, Generic
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._custom_types import Aux, History, Norm, Vector, Y
+from .._misc import (
+    accumulation_dtype,
+    check_positive,
+    check_positive_int,
+    check_tolerances,
+    dot,
+    ravel,
+    state_dtype,
+    two_norm,
+)
+
+
+class Measurement(eqx.Module):
+    """How far an iterate is from being a fixed point.
+
+    `error` is the norm of `f(z) - z` over `atol + rtol * |f(z)|`, converged below 1;
+    `residual` is the norm of `f(z) - z` itself.
+    """
+
+    error: Float[Array, ""]
+    residual: Float[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        # The norm of the quotient alone could overflow `f(z)` to infinity and read 0.
+        return (self.error < 1) & jnp.isfinite(self.residual)
+
+
+def measure(
+    solver: optx.AbstractFixedPointSolver, y: PyTree[Array], image: PyTree[Array]
+) -> Measurement:
+    rtol, atol = lax.stop_gradient((solver.rtol, solver.atol))
+
+    def scaled(difference, image_leaf):
+        dtype = difference.dtype
+        scale = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * jnp.abs(
+            image_leaf.astype(dtype)
+        )
+        # An exact zero has converged, also where the scale is zero.
+        is_zero = difference == 0
+        return jnp.where(is_zero, 0, difference / jnp.where(is_zero, 1, scale))
+
+    dtype = accumulation_dtype(state_dtype(y))
+    difference = jtu.tree_map(lambda a, b: a.astype(dtype) - b.astype(dtype), image, y)
+    error = solver.norm(jtu.tree_map(scaled, difference, image))
+    return Measurement(error=error, residual=solver.norm(difference))
+
+
+def init_measurement(y: PyTree[Array]) -> Measurement:
+    # Nothing was evaluated yet: neither converged, nor (as infinity would) diverged.
+    dtype = accumulation_dtype(state_dtype(y))
+    largest = jnp.array(jnp.finfo(dtype).max, dtype)
+    return Measurement(error=largest, residual=largest)
+
+
+class IterationState(eqx.Module, Generic[Y, History]):
+    iterate: Y
+    measurement: Measurement
+    num_evaluations: Int[Array, ""]
+    history: History
+
+
+class AbstractFixedPointIteration(
+    optx.AbstractFixedPointSolver[Y, Aux, IterationState[Y, History]],
+    Generic[Y, Aux, History],
+):
+    """A solver that evaluates `f` once a step and proposes the next iterate from `z`,
+    `f(z)` and a history of earlier ones, all of them flat vectors.
+
+    The solution is the last iterate whose residual was measured, not the proposal that
+    follows it, so that `result`, `stats` and auxiliary outputs describe it.
+    """
+
+    rtol: AbstractVar[float | Float[Array, ""]]
+    atol: AbstractVar[float | Float[Array, ""]]
+    norm: AbstractVar[Norm]
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+
+    @abc.abstractmethod
+    def init_history(self, z: Vector) -> History:
+        """The history before the first evaluation; only the shape and dtype of `z`
+        matter.
+        """
+
+    @abc.abstractmethod
+    def propose(
+        self, z: Vector, image: Vector, history: History
+    ) -> tuple[Vector, History]:
+        """The iterate to evaluate after `z`, where `image = f(z)`."""
+
+    def init(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> IterationState[Y, History]:
+        del fn, args, f_struct, aux_struct, tags
+        if len(options) > 0:
+            raise ValueError(
+                f"{type(self).__name__} accepts no `options`. Got {sorted(options)}."
+            )
+        return IterationState(
+            iterate=y,
+            measurement=init_measurement(y),
+            num_evaluations=jnp.array(0),
+            history=self.init_history(ravel(y)[0]),
+        )
+
+    def step(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: IterationState[Y, History],
+        tags: frozenset[object],
+    ) -> tuple[Y, IterationState[Y, History], Aux]:
+        del options, tags
+        image, aux = fn(y, args)
+        z, unravel = ravel(y)
+        proposal, history = self.propose(z, ravel(image)[0], state.history)
+        new_state = IterationState(
+            iterate=y,
+            measurement=measure(self, y, image),
+            num_evaluations=state.num_evaluations + 1,
+            history=history,
+        )
+        return unravel(proposal), new_state, aux
+
+    def terminate(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: IterationState[Y, History],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        del fn, y, args, options, tags
+        result = optx.RESULTS.where(
+            jnp.isfinite(state.measurement.residual),
+            optx.RESULTS.successful,
+            optx.RESULTS.nonfinite,
+        )
+        return state.measurement.converged, result
+
+    def postprocess(
+        self,
+        fn: Callable,
+        y: Y,
+        aux: Aux,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: IterationState[Y, History],
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        del fn, y, args, options, tags, result
+        stats = dict(
+            num_evaluations=state.num_evaluations,
+            residual=state.measurement.residual,
+        )
+        return state.iterate, aux, stats
+
+
+class SecantHistory(eqx.Module):
+    r"""What a secant method remembers, one row for each of the last few steps.
+
+    With $s$ a step and $y$ the change of the residual that it made, `mixed` holds
+    $s + \lambda y$, `tests` the vectors against which the secant equations are solved,
+    and `inverse` the inverse of their matrix (zero where a row is not in use).
+    """
+
+    step: Vector
+    residual: Vector
+    tests: Float[Array, "history size"]
+    mixed: Float[Array, "history size"]
+    inverse: Float[Array, "history history"]
+    num_steps: Int[Array, ""]
+
+
+class AbstractSecantIteration(
+    AbstractFixedPointIteration[Y, Aux, SecantHistory], Generic[Y, Aux]
+):
+    r"""Steps by $\lambda g - (S + \lambda Y) M^{-1} T^\top g$, where $g = f(z) - z$,
+    the columns of $S$ and $Y$ are earlier steps and the changes of $g$ that they made,
+    and the method chooses the tests $T$ and the matrix $M$ (close to $T^\top Y$).
+
+    $M^{-1}$ is kept, not $M$: a step deletes the oldest row and column and borders the
+    rest with new ones, which is a few rank-one updates of a small matrix. So there is
+    no factorisation, and each buffer is read once or twice a step whatever its size.
+    """
+
+    history_size: AbstractVar[int]
+    damping: AbstractVar[float | Float[Array, ""]]
+
+    @abc.abstractmethod
+    def pick_test(self, step: Vector, change: Vector) -> Vector:
+        """The test vector for a new step."""
+
+    @abc.abstractmethod
+    def new_row(
+        self, step: Vector, column: Vector, history: SecantHistory, damping: Array
+    ) -> Vector:
+        r"""The last row of $M$, given its last column $T^\top y$."""
+
+    @abc.abstractmethod
+    def pivot(
+        self, schur: Float[Array, ""], step: Vector
+    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+        """What the bordering divides by, where $|y| = 1$, and whether it is safe to."""
+
+    def __check_init__(self):
+        check_positive_int("history_size", self.history_size)
+        check_positive("damping", self.damping)
+
+    def init_history(self, z: Vector) -> SecantHistory:
+        buffer = jnp.zeros((self.history_size, z.size), z.dtype)
+        return SecantHistory(
+            step=jnp.zeros_like(z),
+            residual=jnp.zeros_like(z),
+            tests=buffer,
+            mixed=buffer,
+            inverse=jnp.zeros((self.history_size,) * 2, accumulation_dtype(z.dtype)),
+            num_steps=jnp.array(0),
+        )
+
+    def propose(
+        self, z: Vector, image: Vector, history: SecantHistory
+    ) -> tuple[Vector, SecantHistory]:
+        damping = lax.stop_gradient(jnp.asarray(self.damping, z.dtype))
+        # All examples of a batch that still run are at the same step, so they share a
+        # row: were its index batched, every update would become a scatter.
+        row = eqxi.unvmap_max(history.num_steps) % self.history_size
+        residual = image - z
+
+        change = residual - history.residual
+        size = two_norm(change)
+        known = (history.num_steps > 0) & (size > 0)
+        scale = jnp.where(known, 1 / jnp.where(known, size, 1), 0).astype(z.dtype)
+        step, change = scale * history.step, scale * change
+        test = self.pick_test(step, change)
+
+        inverse = _delete(history.inverse, row)
+        column, projection = dot(history.tests, jnp.stack([change, residual], 1)).T
+        new_row = self.new_row(step, column, history, damping)
+        left, right = inverse @ column, new_row @ inverse
+        pivot, safe = self.pivot(dot(test, change) - new_row @ left, step)
+        safe = safe & known
+        border = jnp.outer(left.at[row].set(-1), right.at[row].set(-1))
+        inverse = inverse + jnp.where(safe, border / jnp.where(safe, pivot, 1), 0)
+
+        history = SecantHistory(
+            step=step,
+            residual=residual,
+            tests=history.tests.at[row].set(test),
+            mixed=history.mixed.at[row].set(step + damping * change),
+            inverse=inverse,
+            num_steps=history.num_steps + 1,
+        )
+        weights = inverse @ projection.at[row].set(dot(test, residual))
+        correction = dot(weights.astype(z.dtype), history.mixed).astype(z.dtype)
+        step = damping * residual - correction
+        return z + step, eqx.tree_at(lambda h: h.step, history, step)
+
+
+def _delete(inverse: Array, row: Int[Array, ""]) -> Array:
+    """The inverse of a matrix without its `row`-th row and column, zero there."""
+    pivot = inverse[row, row]
+    in_use = pivot != 0
+    border = jnp.outer(inverse[:, row], inverse[row])
+    inverse = inverse - jnp.where(in_use, border / jnp.where(in_use, pivot, 1), 0)
+    return inverse.at[row].set(0).at[:, row].set(0)
