@@ -2,6 +2,19 @@ from ._adjoint.implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._adjoint.jfb import JFBAdjoint as JFBAdjoint
 from ._adjoint.neumann import NeumannAdjoint as NeumannAdjoint
 from ._adjoint.phantom import PhantomAdjoint as PhantomAdjoint
+from ._diagnostics.contraction import (
+    contraction_factor as contraction_factor,
+    ContractionMonitor as ContractionMonitor,
+)
+from ._diagnostics.convergence import convergence_history as convergence_history
+from ._diagnostics.gradient import (
+    gradient_report as gradient_report,
+    GradientReport as GradientReport,
+)
+from ._diagnostics.spectrum import (
+    spectral_norm as spectral_norm,
+    spectral_radius as spectral_radius,
+)
 from ._layer.deq import DEQ as DEQ
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from ._linear_solver.gmres import GMRES as GMRES

@@ -1,0 +1,168 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import optimistix as optx
+from equinox.internal import ω
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from .._adjoint.implicit import ImplicitAdjoint
+from .._adjoint.jfb import JFBAdjoint
+from .._adjoint.neumann import NeumannAdjoint
+from .._adjoint.phantom import PhantomAdjoint
+from .._layer.deq import DEQ
+from .._linear_solver.gmres import GMRES
+from .._misc import accumulation_dtype, ravel, two_norm
+
+
+class GradientReport(eqx.Module):
+    """How one adjoint fares in [`eqimplicit.gradient_report`][].
+
+    **Attributes:**
+
+    - `adjoint`: the adjoint.
+    - `cosine`: the cosine between its gradient and the exact one, of the loss with
+        respect to all floating arrays in the layer's cell.
+    - `relative_error`: the size of their difference over the size of the exact one.
+    - `residual`: how far its cotangent $w$ is from solving $(I - J)^\\top w = g$,
+        relative to $g$.
+    - `num_products`: the number of products with $J$ that one gradient takes, or -1
+        where it is not known.
+    """
+
+    adjoint: optx.AbstractAdjoint
+    cosine: Float[Array, ""]
+    relative_error: Float[Array, ""]
+    residual: Float[Array, ""]
+    num_products: Int[Array, ""]
+
+
+def gradient_report(
+    layer: DEQ,
+    loss: Callable[[PyTree[Array]], Float[Array, ""]],
+    x: PyTree[Any],
+    z0: PyTree[Array] | None = None,
+    *,
+    adjoints: Sequence[optx.AbstractAdjoint] | None = None,
+    key: PRNGKeyArray | None = None,
+    state: eqx.nn.State | None = None,
+) -> list[GradientReport]:
+    r"""Compares the gradients that several adjoints give for the same layer, input and
+    loss with the exact one.
+
+    For when training goes wrong, to see whether an approximate gradient is to blame, or
+    an exact one whose backward solve does not finish; and to choose an adjoint. The
+    reference solves the adjoint equation at the layer's own solution to a tolerance
+    near the precision of its numbers; its report comes first, and a residual that is
+    not small there says that there is no trustworthy gradient at all.
+
+    Works under `jax.jit` and `jax.vmap`; costs a forward and a backward solve for each
+    adjoint.
+
+    **Arguments:**
+
+    - `layer`: a [`eqimplicit.DEQ`][].
+    - `loss`: a function of the layer's solution to a scalar.
+    - `x`, `z0`, `key`, `state`: as for calling the layer.
+    - `adjoints`: the adjoints to compare. By default the layer's own, and one of each
+        kind in this package.
+
+    **Returns:**
+
+    A list of [`eqimplicit.GradientReport`][]s, the reference's first.
+    """
+    if adjoints is None:
+        adjoints = [
+            layer.adjoint,
+            JFBAdjoint(),
+            NeumannAdjoint(num_terms=5),
+            PhantomAdjoint(num_steps=5),
+            ImplicitAdjoint(),
+        ]
+    z = jax.lax.stop_gradient(layer.solve(x, z0, key=key, state=state).value)
+    tolerance = 10 * float(jnp.finfo(accumulation_dtype(ravel(z)[0].dtype)).eps)
+    reference = ImplicitAdjoint(GMRES(tolerance, 0.0, restart=50, max_steps=1000))
+
+    def gradient(adjoint):
+        return _gradient(layer, loss, x, z, z0, key, state, adjoint)
+
+    exact, _ = gradient(reference)
+    cotangent = jax.grad(loss)(z)
+    evaluate = lambda y: _evaluate(layer.cell, y, x, key, state)
+    _, pull_back = jax.vjp(evaluate, z)
+
+    def report(adjoint):
+        grads, w = gradient(adjoint)
+        residual = (cotangent**ω - w**ω + pull_back(w)[0] ** ω).ω
+        error = jtu.tree_map(jnp.subtract, grads, exact)
+        inner = sum(
+            jnp.vdot(a, b)
+            for a, b in zip(jtu.tree_leaves(grads), jtu.tree_leaves(exact))
+        )
+        return GradientReport(
+            adjoint=adjoint,
+            cosine=inner / (two_norm(grads) * two_norm(exact)),
+            relative_error=two_norm(error) / two_norm(exact),
+            residual=two_norm(residual) / two_norm(cotangent),
+            num_products=_num_products(adjoint, pull_back, cotangent),
+        )
+
+    return [report(adjoint) for adjoint in (reference, *adjoints)]
+
+
+def _evaluate(cell, z, x, key, state):
+    keyword = {} if key is None else {"key": key}
+    if state is None:
+        return cell(z, x, **keyword)
+    return cell(z, x, state, **keyword)[0]
+
+
+class _Shifted(eqx.Module):
+    """The cell plus a constant, the gradient with respect to which is the cotangent $w$
+    that the adjoint found.
+    """
+
+    cell: Callable
+    shift: PyTree[Array]
+
+    def __call__(self, z, x, *args, **kwargs):
+        output = self.cell(z, x, *args, **kwargs)
+        if not args:
+            return (output**ω + self.shift**ω).ω
+        image, new_state = output
+        return (image**ω + self.shift**ω).ω, new_state
+
+
+def _gradient(layer, loss, x, z, z0, key, state, adjoint):
+    shifted = _Shifted(layer.cell, jtu.tree_map(jnp.zeros_like, z))
+    cell, static = eqx.partition(shifted, eqx.is_inexact_array)
+
+    def loss_of(cell):
+        new_layer = eqx.tree_at(
+            lambda d: (d.cell, d.adjoint), layer, (eqx.combine(cell, static), adjoint)
+        )
+        return loss(new_layer.solve(x, z0, key=key, state=state).value)
+
+    grads = jax.grad(loss_of)(cell)
+    return grads.cell, grads.shift
+
+
+def _num_products(adjoint, pull_back, cotangent):
+    if isinstance(adjoint, JFBAdjoint):
+        return jnp.array(0)
+    if isinstance(adjoint, NeumannAdjoint):
+        return jnp.array(adjoint.num_terms - 1)
+    if isinstance(adjoint, PhantomAdjoint):
+        return jnp.array(adjoint.num_steps - 1)
+    if isinstance(adjoint, ImplicitAdjoint):
+        transposed = lambda w: (w**ω - pull_back(w)[0] ** ω).ω
+        structure = jax.eval_shape(lambda: cotangent)
+        operator = lx.FunctionLinearOperator(transposed, structure)
+        solver_state = adjoint.linear_solver.init(operator, {})
+        _, _, stats = adjoint.linear_solver.compute(solver_state, cotangent, {})
+        return jnp.asarray(stats.get("num_products", -1))
+    return jnp.array(-1)
