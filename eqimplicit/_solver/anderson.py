@@ -4,7 +4,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import Aux, Norm, Vector, Y
-from .base import AbstractSecantIteration, SecantHistory
+from .base import AbstractSecantIteration
 
 
 class Anderson(AbstractSecantIteration[Y, Aux]):
@@ -51,9 +51,9 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
         return change
 
     def new_row(
-        self, step: Vector, column: Vector, history: SecantHistory, damping: Array
+        self, step: Vector, column: Vector, mixed: Array, damping: Array
     ) -> Vector:
-        del step, history, damping
+        del step, mixed, damping
         return column
 
     def pivot(

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import Aux, Norm, Vector, Y
 from .._misc import dot, two_norm
-from .base import AbstractSecantIteration, SecantHistory
+from .base import AbstractSecantIteration
 
 
 class Broyden(AbstractSecantIteration[Y, Aux]):
@@ -61,9 +61,9 @@ class Broyden(AbstractSecantIteration[Y, Aux]):
         return step
 
     def new_row(
-        self, step: Vector, column: Vector, history: SecantHistory, damping: Array
+        self, step: Vector, column: Vector, mixed: Array, damping: Array
     ) -> Vector:
-        return dot(history.mixed, step) / damping.astype(column.dtype)
+        return dot(mixed, step) / damping.astype(column.dtype)
 
     def pivot(
         self, schur: Float[Array, ""], step: Vector
