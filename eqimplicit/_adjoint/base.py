@@ -190,7 +190,7 @@ class LinearSolve(eqx.Module):
 
 def negate_tags(tags: frozenset[object]) -> frozenset[object]:
     """Tags of a matrix to those of its negative."""
-    negative = {
+    negative: dict[object, object] = {
         lx.positive_semidefinite_tag: lx.negative_semidefinite_tag,
         lx.negative_semidefinite_tag: lx.positive_semidefinite_tag,
     }

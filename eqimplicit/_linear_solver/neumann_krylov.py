@@ -40,7 +40,7 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
 
     rtol: float | Float[Array, ""]
     atol: float | Float[Array, ""]
-    fallback: AbstractMatrixFreeSolver
+    fallback: lx.AbstractLinearSolver
     rate: float = 0.8
     patience: int = eqx.field(default=4, static=True)
 
@@ -49,10 +49,10 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
         check_positive_int("patience", self.patience)
         if not 0 < self.rate < 1:
             raise ValueError(f"`rate` must lie in (0, 1). Got {self.rate!r}.")
-        if not isinstance(self.fallback, AbstractMatrixFreeSolver):
+        if not isinstance(self.fallback, lx.AbstractLinearSolver):
             raise TypeError(
-                "`fallback` must be one of the linear solvers of this package, for "
-                f"example `GMRES(1e-6, 0.0)`. Got {self.fallback!r}."
+                "`fallback` must be a `lineax.AbstractLinearSolver`, for example "
+                f" `GMRES(1e-6, 0.0)`. Got {self.fallback!r}."
             )
 
     def solve(
@@ -86,13 +86,16 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
         converged = state.residual <= tolerance
 
         remaining = jtu.tree_map(lambda x: jnp.where(converged, 0, x), vector)
-        other, other_result, other_stats = self.fallback.solve(operator, remaining)
+        fallback_state = self.fallback.init(operator, {})
+        other, other_result, stats = self.fallback.compute(
+            fallback_state, remaining, {}
+        )
         solution = jtu.tree_map(
             lambda a, b: jnp.where(converged, a, b), state.solution, other
         )
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, other_result)
-        num_products = state.num_products + other_stats["num_products"]
-        return solution, result, {"num_products": num_products}
+        stats = {"num_products": state.num_products + stats.get("num_products", 0)}
+        return solution, result, stats
 
 
 NeumannKrylov.__init__.__doc__ = """**Arguments:**

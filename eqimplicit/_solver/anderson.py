@@ -1,7 +1,8 @@
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .._custom_types import Aux, Norm, Vector, Y
 from .base import AbstractSecantIteration
@@ -16,9 +17,11 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
     $$z \leftarrow z + \lambda g - \sum_i \gamma_i (s_i + \lambda y_i), \qquad
     \gamma = \arg\min \|g - \sum_i \gamma_i y_i\|_2$$
 
-    with the damping $\lambda$. On a linear problem with a history as long as the solve
-    this is GMRES in disguise, so no method that sees only values of `f` does much
-    better; it also converges on many maps that are not contractive.
+    with the damping $\lambda$. Earlier steps are forgotten when a new one depends on
+    them, which makes it the secant method for a single unknown. On a linear problem
+    with a history as long as the solve this is GMRES in disguise, so no method that
+    sees only values of `f` does much better; it also converges on many maps that are
+    not contractive.
 
     The sensible first choice. Increase `history_size` for hard problems.
 
@@ -45,23 +48,26 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
     norm: Norm = optx.max_norm
     history_size: int = eqx.field(default=5, static=True)
     damping: float | Float[Array, ""] = 1.0
+    ridge: float | Float[Array, ""] = 1e-10
+
+    def __check_init__(self):
+        if isinstance(self.ridge, (int, float)) and not self.ridge >= 0:
+            raise ValueError(f"`ridge` must not be negative. Got {self.ridge!r}.")
 
     def pick_test(self, step: Vector, change: Vector) -> Vector:
         del step
         return change
 
-    def new_row(
-        self, step: Vector, column: Vector, mixed: Array, damping: Array
-    ) -> Vector:
+    def border(
+        self,
+        step: Vector,
+        column: Float[Array, " history"],
+        corner: Float[Array, ""],
+        mixed: Float[Array, "history size"],
+        damping: Float[Array, ""],
+    ) -> tuple[Float[Array, " history"], Float[Array, ""]]:
         del step, mixed, damping
-        return column
-
-    def pivot(
-        self, schur: Float[Array, ""], step: Vector
-    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        # A relative ridge: the new row of the normal equations has unit norm.
-        ridge = jnp.asarray(jnp.finfo(step.dtype).eps, schur.dtype)
-        return jnp.maximum(schur, 0) + ridge, jnp.array(True)
+        return column, corner + lax.stop_gradient(jnp.asarray(self.ridge, corner.dtype))
 
 
 Anderson.__init__.__doc__ = """**Arguments:**
@@ -72,7 +78,9 @@ Anderson.__init__.__doc__ = """**Arguments:**
 - `norm`: the norm of the error; any function from a pytree to a scalar.
 - `history_size`: the number of earlier steps to extrapolate from.
 - `damping`: the weight of the new iterate, positive; 1 is undamped.
+- `ridge`: Tikhonov regularisation of the least-squares problem, relative to the squared
+    length of each $y_i$. Increase it if evaluations of `f` are noisy.
 
 **Raises:** a `ValueError` for tolerances that are negative or both zero, a
-`history_size` below 1, or a `damping` that is not positive.
+`history_size` below 1, a `damping` that is not positive, or a negative `ridge`.
 """

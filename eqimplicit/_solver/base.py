@@ -220,16 +220,17 @@ class AbstractSecantIteration(
         """The test vector for a new step."""
 
     @abc.abstractmethod
-    def new_row(
-        self, step: Vector, column: Vector, mixed: Array, damping: Array
-    ) -> Vector:
-        r"""The last row of $M$, given its last column $T^\top y$."""
-
-    @abc.abstractmethod
-    def pivot(
-        self, schur: Float[Array, ""], step: Vector
-    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        """What the bordering divides by, where $|y| = 1$, and whether it is safe to."""
+    def border(
+        self,
+        step: Vector,
+        column: Float[Array, " history"],
+        corner: Float[Array, ""],
+        mixed: Float[Array, "history size"],
+        damping: Float[Array, ""],
+    ) -> tuple[Float[Array, " history"], Float[Array, ""]]:
+        r"""The last row of $M$ and its corner, given its last column $T^\top y$ and the
+        end of that.
+        """
 
     def __check_init__(self):
         check_positive_int("history_size", self.history_size)
@@ -261,18 +262,22 @@ class AbstractSecantIteration(
         scale = jnp.where(known, 1 / jnp.where(known, size, 1), 0).astype(z.dtype)
         step, change = scale * history.step, scale * change
         # Written before they are read, so that the buffers are updated in place.
-        tests = history.tests.at[row].set(self.pick_test(step, change))
+        test = self.pick_test(step, change)
+        tests = history.tests.at[row].set(test)
         mixed = history.mixed.at[row].set(step + damping * change)
 
         # Two products with a vector: XLA's CPU backend takes longer over one with both.
         column, projection = dot(tests, change), dot(tests, residual)
-        new_row = self.new_row(step, column, mixed, damping)
-        inverse = _delete(history.inverse, row)
-        left, right = inverse @ column, new_row @ inverse
-        pivot, safe = self.pivot(column[row] - new_row @ left, step)
-        safe = safe & known
-        border = jnp.outer(left.at[row].set(-1), right.at[row].set(-1))
-        inverse = inverse + jnp.where(safe, border / jnp.where(safe, pivot, 1), 0)
+        last_row, corner = self.border(step, column, column[row], mixed, damping)
+        smallest = 1e3 * jnp.finfo(column.dtype).eps * two_norm(test)
+        inverse = _border(
+            _delete(history.inverse, row),
+            row,
+            column,
+            last_row,
+            corner,
+            smallest_pivot=jnp.where(known, smallest, jnp.inf),
+        )
 
         weights = (inverse @ projection).astype(z.dtype)
         step = damping * residual - dot(weights, mixed).astype(z.dtype)
@@ -293,3 +298,19 @@ def _delete(inverse: Array, row: Int[Array, ""]) -> Array:
     border = jnp.outer(inverse[:, row], inverse[row])
     inverse = inverse - jnp.where(in_use, border / jnp.where(in_use, pivot, 1), 0)
     return inverse.at[row].set(0).at[:, row].set(0)
+
+
+def _border(inverse, row, column, last_row, corner, smallest_pivot) -> Array:
+    """The inverse of a matrix with a new row and column.
+
+    A step that (nearly) depends on the earlier ones would blow the inverse up. Being
+    the most recent, it takes their place; unless it is no use by itself.
+    """
+    left, right = inverse @ column, last_row @ inverse
+    pivot = corner - last_row @ left
+    keep = jnp.abs(pivot) > smallest_pivot
+    inverse, left, right = (jnp.where(keep, x, 0) for x in (inverse, left, right))
+    pivot = jnp.where(keep, pivot, corner)
+    safe = jnp.abs(pivot) > smallest_pivot
+    border = jnp.outer(left.at[row].set(-1), right.at[row].set(-1))
+    return inverse + jnp.where(safe, border / jnp.where(safe, pivot, 1), 0)

@@ -1,10 +1,9 @@
 import equinox as eqx
-import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .._custom_types import Aux, Norm, Vector, Y
-from .._misc import dot, two_norm
+from .._misc import dot
 from .base import AbstractSecantIteration
 
 
@@ -20,8 +19,8 @@ class Broyden(AbstractSecantIteration[Y, Aux]):
     $$-H g = \lambda g - (S + \lambda Y) (S^\top Y + L / \lambda)^{-1} S^\top g.$$
 
     So the oldest step can be forgotten without upsetting the others, and the method
-    does not break down when its memory is full. A step that would make $H$ singular is
-    not learnt from.
+    does not break down when its memory is full. A step that would make $H$ singular
+    makes it start afresh.
 
     Costs one evaluation of `f` a step and memory for `2 * history_size + 4` copies of
     the state, half of them read once a step and half twice.
@@ -60,16 +59,15 @@ class Broyden(AbstractSecantIteration[Y, Aux]):
         del change
         return step
 
-    def new_row(
-        self, step: Vector, column: Vector, mixed: Array, damping: Array
-    ) -> Vector:
-        return dot(mixed, step) / damping.astype(column.dtype)
-
-    def pivot(
-        self, schur: Float[Array, ""], step: Vector
-    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        eps = jnp.asarray(jnp.finfo(step.dtype).eps, schur.dtype)
-        return schur, jnp.abs(schur) > 10 * eps * two_norm(step)
+    def border(
+        self,
+        step: Vector,
+        column: Float[Array, " history"],
+        corner: Float[Array, ""],
+        mixed: Float[Array, "history size"],
+        damping: Float[Array, ""],
+    ) -> tuple[Float[Array, " history"], Float[Array, ""]]:
+        return dot(mixed, step) / damping.astype(column.dtype), corner
 
 
 Broyden.__init__.__doc__ = """**Arguments:**
