@@ -22,13 +22,14 @@ from .base import AbstractMatrixFreeSolver, result_of
 
 class _Cycle(eqx.Module):
     """The Arnoldi process: `basis` has orthonormal rows, and `rotation` turns the
-    Hessenberg matrix of the operator in this basis into `triangle`.
+    Hessenberg matrix of the operator in this basis into `triangle`. There are `restart`
+    columns, and one more row.
     """
 
-    basis: Float[Array, "restart+1 size"]
-    rotation: Float[Array, "restart+1 restart+1"]
-    triangle: Float[Array, "restart+1 restart"]
-    rotated: Float[Array, " restart+1"]
+    basis: Float[Array, "rows size"]
+    rotation: Float[Array, "rows rows"]
+    triangle: Float[Array, "rows columns"]
+    rotated: Float[Array, " rows"]
     num_columns: Int[Array, ""]
     residual: Float[Array, ""]
     num_products: Int[Array, ""]

@@ -1,0 +1,641 @@
+"""Laws of the adjoints: with J = df/dz at the solution, and S the inverse of I - J or
+what stands in for it, every derivative is S df/dtheta.
+"""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import pytest
+
+import eqimplicit as eqi
+
+from .helpers import (
+    ADJOINTS,
+    APPROXIMATE_ADJOINTS,
+    compiled_text,
+    directional_difference,
+    EXACT_ADJOINTS,
+    INVERSES,
+    matrix_of_norm,
+    neumann_sum,
+    orthogonal,
+    random_like,
+    relative_error,
+    SOLVERS,
+    tanh_map,
+    tree_dot,
+)
+
+
+TIGHT = eqi.Anderson(1e-13, 1e-14)
+SIZE = 6
+CALLBACK = re.compile('custom_call_target="[^"]*callback')
+
+
+def problem(norm=0.9):
+    weight = matrix_of_norm(jr.key(0), SIZE, norm)
+    args = (weight, jr.normal(jr.key(1), (SIZE,)))
+    g = jr.normal(jr.key(2), (SIZE,))
+    return args, g
+
+
+def value(args, adjoint, solver=TIGHT, fn=tanh_map, z0=None, **kwargs):
+    z0 = jnp.zeros(SIZE) if z0 is None else z0
+    kwargs = {"throw": False, "max_steps": 1000, **kwargs}
+    return optx.fixed_point(fn, solver, z0, args, adjoint=adjoint, **kwargs).value
+
+
+def gradient(args, g, adjoint, **kwargs):
+    loss = lambda args: g @ value(args, adjoint, **kwargs)
+    return jax.jit(jax.grad(loss))(args)
+
+
+def linear_algebra(args, g, inverse):
+    """The gradient by dense linear algebra at the exact solution."""
+    z = value(args, optx.ImplicitAdjoint())
+    jacobian = jax.jacobian(tanh_map)(z, args)
+    _, pull_back = jax.vjp(lambda args: tanh_map(z, args), args)
+    return pull_back(inverse(jacobian).T @ g)[0]
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_reverse_and_forward_mode_equal_dense_linear_algebra(name):
+    args, g = problem()
+    expected = linear_algebra(args, g, INVERSES[name])
+    adjoint = ADJOINTS[name]()
+    assert relative_error(gradient(args, g, adjoint), expected) < 1e-10
+    direction = random_like(jr.key(3), args)
+    loss = lambda args: g @ value(args, adjoint)
+    _, tangent = jax.jit(lambda a, t: jax.jvp(loss, (a,), (t,)))(args, direction)
+    assert jnp.allclose(tangent, tree_dot(expected, direction), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", EXACT_ADJOINTS)
+def test_exact_adjoints_equal_finite_differences(name):
+    args, g = problem()
+    direction = random_like(jr.key(3), args)
+    loss = jax.jit(lambda args: g @ value(args, EXACT_ADJOINTS[name]()))
+    difference = directional_difference(loss, args, direction, step=1e-3)
+    gradients = gradient(args, g, EXACT_ADJOINTS[name]())
+    assert jnp.allclose(tree_dot(gradients, direction), difference, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_forward_jacobian_equals_reverse_jacobian(name):
+    (weight, x), _ = problem()
+    fn = lambda x: value((weight, x), ADJOINTS[name]())
+    forward, reverse = jax.jit(lambda x: (jax.jacfwd(fn)(x), jax.jacrev(fn)(x)))(x)
+    assert jnp.allclose(forward, reverse, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", EXACT_ADJOINTS)
+def test_exact_adjoints_have_true_hessians(name):
+    (weight, x), g = problem()
+    direction, other = jr.normal(jr.key(4), (2, SIZE))
+
+    def slope(x):
+        return jax.jvp(
+            lambda x: g @ value((weight, x), EXACT_ADJOINTS[name]()), (x,), (direction,)
+        )[1]
+
+    expected = directional_difference(jax.jit(slope), x, other, step=1e-3)
+    loss = lambda x: g @ value((weight, x), EXACT_ADJOINTS[name]())
+    H = jax.jit(jax.hessian(loss))(x)
+    assert jnp.allclose(direction @ H @ other, expected, rtol=1e-7)
+    assert jnp.allclose(H, H.T, atol=1e-9)
+    product = jax.jit(jax.grad(lambda x: jax.grad(loss)(x) @ other))(x)
+    assert jnp.allclose(product, H @ other, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", APPROXIMATE_ADJOINTS)
+def test_approximate_adjoints_refuse_second_derivatives(name):
+    (weight, x), g = problem()
+    adjoint = APPROXIMATE_ADJOINTS[name]()
+    loss = lambda x: g @ value((weight, x), adjoint)
+    for second in (jax.jacfwd(jax.grad(loss)), jax.jacrev(jax.jacfwd(loss))):
+        with pytest.raises(
+            RuntimeError, match=f"{type(adjoint).__name__}.*ImplicitAdj"
+        ):
+            jax.jit(second)(x)
+
+
+def test_jfb_is_one_neumann_term_is_one_phantom_step_at_an_exact_solution():
+    args, g = problem()
+    jfb = gradient(args, g, eqi.JFBAdjoint())
+    for adjoint in (eqi.NeumannAdjoint(1), eqi.PhantomAdjoint(1)):
+        assert relative_error(gradient(args, g, adjoint), jfb) < 1e-12
+
+
+def test_one_damped_term_is_jfb_times_the_damping():
+    args, g = problem()
+    jfb = gradient(args, g, eqi.JFBAdjoint())
+    scaled = jtu.tree_map(lambda x: 0.3 * x, jfb)
+    for adjoint in (eqi.NeumannAdjoint(1, 0.3), eqi.PhantomAdjoint(1, 0.3)):
+        assert relative_error(gradient(args, g, adjoint), scaled) < 1e-12
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_phantom_equals_neumann_up_to_the_residual_of_the_solution(damping):
+    args, g = problem()
+    errors = []
+    for tol in (1e-2, 1e-4, 1e-7, 1e-13):
+        solver = eqi.Picard(0.0, tol)
+        phantom = gradient(args, g, eqi.PhantomAdjoint(4, damping), solver=solver)
+        neumann = gradient(args, g, eqi.NeumannAdjoint(4, damping), solver=solver)
+        error = float(relative_error(phantom, neumann))
+        assert error < 20 * tol
+        errors.append(error)
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-4
+
+
+def test_many_neumann_terms_give_the_exact_gradient():
+    args, g = problem()
+    exact = gradient(args, g, eqi.ImplicitAdjoint(lx.LU()))
+    many = gradient(args, g, eqi.NeumannAdjoint(400, damping=0.5))
+    assert relative_error(many, exact) < 1e-12
+
+
+@pytest.mark.parametrize("num_terms, damping", [(1, 1.0), (3, 1.0), (4, 0.5), (9, 0.2)])
+def test_remainder_of_the_neumann_series(num_terms, damping):
+    args, g = problem()
+
+    def remainder(J):
+        B = damping * J + (1 - damping) * jnp.eye(SIZE)
+        return jnp.linalg.matrix_power(B, num_terms) @ INVERSES["Implicit"](J)
+
+    exact = linear_algebra(args, g, INVERSES["Implicit"])
+    rest = linear_algebra(args, g, remainder)
+    found = gradient(args, g, eqi.NeumannAdjoint(num_terms, damping))
+    difference = jtu.tree_map(lambda e, r: e - r, exact, rest)
+    assert relative_error(found, difference) < 1e-12
+
+
+LINEAR_SOLVERS = {
+    "GMRES": eqi.GMRES(1e-12, 0.0),
+    "Neumann series": eqi.NeumannSeries(400),
+    "Picard": eqi.FixedPointLinearSolver(eqi.Picard(1e-13, 1e-14), max_steps=1000),
+    "Anderson": eqi.FixedPointLinearSolver(eqi.Anderson(1e-13, 1e-14)),
+    "Broyden": eqi.FixedPointLinearSolver(eqi.Broyden(1e-13, 1e-14)),
+    "LU": lx.LU(),
+    "QR": lx.QR(),
+    "Lineax's choice": lx.AutoLinearSolver(well_posed=True),
+    "Lineax's GMRES": lx.GMRES(1e-12, 1e-12),
+    "normal equations": lx.Normal(lx.CG(1e-13, 1e-13)),
+    "BiCGStab": lx.BiCGStab(1e-12, 1e-12),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+def test_every_linear_solver_gives_the_exact_gradient_and_tangent(name):
+    args, g = problem()
+    expected = linear_algebra(args, g, INVERSES["Implicit"])
+    adjoint = eqi.ImplicitAdjoint(LINEAR_SOLVERS[name])
+    assert relative_error(gradient(args, g, adjoint), expected) < 1e-9
+    direction = random_like(jr.key(3), args)
+    loss = lambda args: g @ value(args, adjoint)
+    _, tangent = jax.jit(lambda a, t: jax.jvp(loss, (a,), (t,)))(args, direction)
+    assert jnp.allclose(tangent, tree_dot(expected, direction), rtol=1e-8)
+
+
+def test_unrolling_picard_to_convergence_gives_the_exact_gradient():
+    args, g = problem()
+    exact = linear_algebra(args, g, INVERSES["Implicit"])
+    unrolled = gradient(
+        args, g, optx.RecursiveCheckpointAdjoint(), solver=eqi.Picard(1e-13, 1e-14)
+    )
+    assert relative_error(unrolled, exact) < 1e-9
+
+
+def additive_map(z, args):
+    """Contracts with factor `gamma`, with the Jacobian `weight` in its parameters."""
+    gamma, rotation, weight, theta = args
+    return gamma * jnp.sin(rotation @ z) + weight @ theta
+
+
+def inner_product_with_the_exact_gradient(key, gamma, condition, adjoint, tol):
+    """Between the gradients of a random quadratic loss with respect to `theta`, where
+    `weight @ weight.T` has the given condition number, for a random problem; with it the
+    Jacobian of the map.
+    """
+    keys = jr.split(key, 5)
+    spectrum = jnp.sqrt(jnp.linspace(1.0, condition, SIZE))
+    weight = orthogonal(keys[0], SIZE) @ (
+        spectrum[:, None] * orthogonal(keys[1], 9)[:SIZE]
+    )
+    rotation = orthogonal(keys[2], SIZE)
+    theta, target = 0.1 * jr.normal(keys[3], (9,)), jr.normal(keys[4], (SIZE,))
+
+    def loss(theta, adjoint, tol):
+        args = (gamma, rotation, weight, theta)
+        z = value(args, adjoint, eqi.Picard(0.0, tol), additive_map)
+        return jnp.sum((z - target) ** 2), z
+
+    found, _ = jax.grad(loss, has_aux=True)(theta, adjoint, tol)
+    exact, z = jax.grad(loss, has_aux=True)(theta, eqi.ImplicitAdjoint(lx.LU()), 1e-13)
+    jacobian = jax.jacobian(additive_map)(z, (gamma, rotation, weight, theta))
+    return found @ exact / jnp.sqrt((found @ found) * (exact @ exact)), jacobian
+
+
+def inner_products(*args):
+    one = lambda key: inner_product_with_the_exact_gradient(key, *args)
+    return jax.jit(jax.vmap(one))(jr.split(jr.key(7), 100))
+
+
+@pytest.mark.parametrize("tol", [1e-13, 1e-2])
+@pytest.mark.parametrize("gamma, condition", [(0.3, 3.2), (0.6, 1.6), (0.9, 1.1)])
+def test_jfb_descends_where_its_theorem_says_so(gamma, condition, tol):
+    # Theorem 3.1 of the JFB paper asks for kappa(M^T M) < 1 / gamma; Corollary 3.1 says
+    # the same close to the fixed point.
+    assert condition < 1 / gamma
+    cosines, _ = inner_products(gamma, condition, eqi.JFBAdjoint(), tol)
+    assert jnp.all(cosines > 0)
+
+
+def test_jfb_may_ascend_where_its_theorem_is_silent():
+    # <P^T g, P^T a> = a^T P P^T (I - J^T) a for the adjoint state a; take the a that
+    # makes this most negative.
+    c, s = 0.5, np.sqrt(0.75)
+    jacobian = 0.9 * jnp.array([[c, -s], [s, c]])
+    weight = jnp.diag(jnp.array([1.0, 10.0]))
+    matrix = weight @ weight.T @ (jnp.eye(2) - jacobian.T)
+    lowest, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    a = vectors[:, 0]
+    g = (jnp.eye(2) - jacobian.T) @ a
+    fn = lambda z, theta: jacobian @ z + weight @ theta
+    jfb, exact = (
+        gradient(jnp.zeros(2), g, adjoint, fn=fn, z0=jnp.zeros(2))
+        for adjoint in (eqi.JFBAdjoint(), eqi.ImplicitAdjoint(lx.LU()))
+    )
+    assert lowest[0] < -1
+    assert jnp.allclose(jfb @ exact, lowest[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_terms, damping", [(3, 1.0), (6, 0.5)])
+@pytest.mark.parametrize("cls", [eqi.NeumannAdjoint, eqi.PhantomAdjoint])
+def test_phantom_gradients_ascend_where_their_theorem_says_so(cls, num_terms, damping):
+    # Theorem 1 of the phantom-gradient paper asks for |D (I - J) - I| < 1 / kappa^2;
+    # for a truncated series D that norm is |B^k| <= (damping L + 1 - damping)^k.
+    gamma, condition = 0.5, 5.0
+    cosines, jacobians = inner_products(
+        gamma, condition, cls(num_terms, damping), 1e-13
+    )
+    identity = jnp.eye(SIZE)
+    for jacobian in jacobians[:20]:
+        D = neumann_sum(jacobian, num_terms, damping)
+        norm = jnp.linalg.norm(D @ (identity - jacobian) - identity, 2)
+        B = damping * jacobian + (1 - damping) * identity
+        power = jnp.linalg.norm(jnp.linalg.matrix_power(B, num_terms), 2)
+        assert jnp.allclose(norm, power, rtol=1e-10)
+        assert power <= (damping * gamma + 1 - damping) ** num_terms + 1e-12
+    assert (damping * gamma + 1 - damping) ** num_terms < 1 / condition
+    assert jnp.all(cosines > 0)
+
+
+@pytest.mark.parametrize("cls", [eqi.NeumannAdjoint, eqi.PhantomAdjoint])
+def test_phantom_gradients_converge_to_the_exact_one(cls):
+    # Theorem 2 of the phantom-gradient paper; steps also from an inexact solution.
+    args, g = problem(0.8)
+    exact = linear_algebra(args, g, INVERSES["Implicit"])
+    tol = 1e-2 if cls is eqi.PhantomAdjoint else 1e-13
+    errors = [
+        float(
+            relative_error(
+                gradient(args, g, cls(k), solver=eqi.Picard(0.0, tol)), exact
+            )
+        )
+        for k in (1, 5, 20, 100)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-10
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.6, 0.9])
+def test_jfb_and_the_exact_gradient_of_a_bias_make_a_bounded_angle(gamma):
+    # cos(g, (I - J)^-T g) >= sqrt(1 - gamma^2), attained by rotations by arccos(gamma).
+    g = jr.normal(jr.key(5), (SIZE,))
+    c, s = gamma, np.sqrt(1 - gamma**2)
+    worst = jnp.kron(jnp.eye(SIZE // 2), jnp.array([[c, -s], [s, c]]))
+
+    def cosine(rotation):
+        fn = lambda z, x: gamma * rotation @ z + x
+        jfb, exact = (
+            gradient(jnp.zeros(SIZE), g, adjoint, fn=fn)
+            for adjoint in (eqi.JFBAdjoint(), eqi.ImplicitAdjoint(lx.LU()))
+        )
+        return jfb @ exact / jnp.sqrt((jfb @ jfb) * (exact @ exact))
+
+    assert cosine(orthogonal(jr.key(6), SIZE)) >= np.sqrt(1 - gamma**2)
+    assert jnp.allclose(cosine(worst), np.sqrt(1 - gamma**2), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_toy_sensitivity_of_the_jfb_paper(name):
+    # y = d + y^5, dy/dd = 1 / (1 - 5 y^4).
+    root = lambda d: value(
+        d,
+        ADJOINTS[name](),
+        eqi.Picard(0.0, 1e-15),
+        lambda y, d: d + y**5,
+        jnp.array(0.0),
+    )
+    for d in (0.5, 1 / 3, 0.1):
+        d = jnp.array(d)
+        y = root(d)
+        expected = INVERSES[name](5 * y[None, None] ** 4)[0, 0]
+        assert jnp.allclose(jax.grad(root)(d), expected, rtol=1e-9)
+        assert jnp.allclose(
+            jax.jvp(root, (d,), (jnp.array(1.0),))[1], expected, rtol=1e-9
+        )
+    exact = {0.5: 1.850320, 1 / 3: 1.069574, 0.1: 1.000500}
+    if name in EXACT_ADJOINTS:
+        for d, slope in exact.items():
+            assert abs(float(jax.grad(root)(jnp.array(d))) - slope) < 1e-6
+
+
+@pytest.mark.parametrize("solver", ["Picard", "Broyden", "Newton"])
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_gradient_does_not_depend_on_the_solver(name, solver):
+    args, g = problem()
+    solver = SOLVERS[solver](1e-13, 1e-14)
+    found = gradient(args, g, ADJOINTS[name](), solver=solver)
+    assert relative_error(found, linear_algebra(args, g, INVERSES[name])) < 1e-9
+
+
+@pytest.mark.parametrize("name", APPROXIMATE_ADJOINTS)
+def test_approximate_gradient_does_not_depend_on_tolerance_or_start(name):
+    # Up to the accuracy of the solution: k terms are k terms.
+    args, g = problem()
+    adjoint = APPROXIMATE_ADJOINTS[name]()
+    reference = gradient(args, g, adjoint)
+    z = value(args, adjoint)
+    warm = gradient(args, g, adjoint, z0=z, solver=eqi.Picard(1e-3, 1e-3))
+    assert relative_error(warm, reference) < 1e-9
+    for tol in (1e-3, 1e-6, 1e-9):
+        loose = gradient(args, g, adjoint, solver=eqi.Picard(0.0, tol))
+        assert relative_error(loose, reference) < 30 * tol
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_value_does_not_depend_on_differentiation(name):
+    args, g = problem()
+    loss = lambda args: g @ value(args, ADJOINTS[name](), eqi.Picard(0.0, 1e-2))
+    plain = jax.jit(loss)(args)
+    with_gradient, _ = jax.jit(jax.value_and_grad(loss))(args)
+    tangent_in = jtu.tree_map(jnp.ones_like, args)
+    with_tangent, _ = jax.jit(lambda a: jax.jvp(loss, (a,), (tangent_in,)))(args)
+    assert jnp.allclose(plain, with_gradient, rtol=1e-14)
+    assert jnp.allclose(plain, with_tangent, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_value_is_the_documented_one(name):
+    args, _ = problem()
+    solver = eqi.Picard(0.0, 1e-2)
+    solution = value(args, optx.ImplicitAdjoint(), solver)
+    steps, damping = {"JFB": (1, 1.0), "Phantom": (5, 0.5)}.get(name, (0, 1.0))
+    for _ in range(steps):
+        solution = damping * tanh_map(solution, args) + (1 - damping) * solution
+    found = value(args, ADJOINTS[name](), solver)
+    assert jnp.allclose(found, solution, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_gradients_of_a_batch_are_those_of_its_examples(name):
+    (weight, x), g = problem()
+    xs = jnp.stack([x, 0.1 * x, -2 * x])
+    slope = jax.grad(lambda x: g @ value((weight, x), ADJOINTS[name]()))
+    together = jax.jit(jax.vmap(slope))(xs)
+    one = jax.jit(slope)
+    assert jnp.allclose(together, jnp.stack([one(x) for x in xs]), rtol=1e-10)
+    of_sum = jax.jit(
+        jax.grad(
+            lambda xs: jnp.sum(
+                jax.vmap(lambda x: g @ value((weight, x), ADJOINTS[name]()))(xs)
+            )
+        )
+    )
+    assert jnp.allclose(together, of_sum(xs), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_a_nan_example_harms_no_other(name):
+    (weight, x), g = problem()
+    slope = jax.grad(lambda x: g @ value((weight, x), ADJOINTS[name]()))
+    slopes = jax.jit(jax.vmap(slope))
+    clean = slopes(jnp.stack([x, x, -x]))
+    poisoned = slopes(jnp.stack([x, jnp.full_like(x, jnp.nan), -x]))
+    assert jnp.array_equal(clean[0], poisoned[0])
+    assert jnp.array_equal(clean[2], poisoned[2])
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        *(make() for make in ADJOINTS.values()),
+        eqi.ImplicitAdjoint(lx.BiCGStab(1e-8, 1e-8)),
+        eqi.ImplicitAdjoint(throw=True),
+    ],
+    ids=[*ADJOINTS, "BiCGStab", "throw"],
+)
+def test_zero_cotangent_gives_zero_gradient(adjoint):
+    (weight, x), g = problem()
+    xs = jnp.stack([x, -x])
+
+    def masked_loss(weight):
+        losses = jax.vmap(lambda x: g @ value((weight, x), adjoint))(xs)
+        return jnp.sum(jnp.where(jnp.array([True, False]), losses, 0.0))
+
+    alone = gradient((weight, x), g, adjoint)[0]
+    assert jnp.allclose(jax.jit(jax.grad(masked_loss))(weight), alone, rtol=1e-7)
+    zeros = gradient((weight, x), jnp.zeros(SIZE), adjoint)
+    assert all(jnp.all(leaf == 0) for leaf in jtu.tree_leaves(zeros))
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_pytree_states_and_closures_over_traced_parameters(name):
+    (weight, x), g = problem()
+
+    def loss(args):
+        weight, x = args
+
+        def fn(z, _):  # closes over what is differentiated
+            image = jnp.tanh(weight @ jnp.concatenate([z["a"], z["b"][:, 0]]) + x)
+            return {"a": image[:2], "b": image[2:, None]}
+
+        z0 = {"a": jnp.zeros(2), "b": jnp.zeros((SIZE - 2, 1))}
+        z = value(None, ADJOINTS[name](), TIGHT, fn, z0)
+        return g @ jnp.concatenate([z["a"], z["b"][:, 0]])
+
+    found = jax.jit(jax.grad(loss))((weight, x))
+    assert relative_error(found, gradient((weight, x), g, ADJOINTS[name]())) < 1e-10
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_auxiliary_outputs_have_no_derivative(name):
+    args, g = problem()
+
+    def loss(args):
+        fn = lambda z, a: (tanh_map(z, a), jnp.sum(z**2))
+        sol = optx.fixed_point(
+            fn, TIGHT, jnp.zeros(SIZE), args, has_aux=True, adjoint=ADJOINTS[name]()
+        )
+        return g @ sol.value + sol.aux + sol.stats["residual"], sol.aux
+
+    found, aux = jax.jit(jax.grad(loss, has_aux=True))(args)
+    z = value(args, optx.ImplicitAdjoint())
+    assert jnp.allclose(aux, jnp.sum(z**2), rtol=1e-10)
+    expected = gradient(args, g, ADJOINTS[name]())
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ADJOINTS if n not in ("Implicit with LU", "Implicit with Neumann")],
+)
+def test_low_precision_gradients_are_close_and_keep_their_dtype(name, dtype):
+    args, g = problem(0.6)
+    expected = linear_algebra(args, g, INVERSES[name])
+    cast = lambda tree: jtu.tree_map(lambda x: x.astype(dtype), tree)
+    eps = float(jnp.finfo(dtype).eps)
+    found = gradient(
+        cast(args),
+        g.astype(dtype),
+        ADJOINTS[name](),
+        solver=eqi.Anderson(4 * eps, 4 * eps),
+        z0=jnp.zeros(SIZE, dtype),
+    )
+    assert all(leaf.dtype == dtype for leaf in jtu.tree_leaves(found))
+    found = jtu.tree_map(lambda x: x.astype(jnp.float64), found)
+    assert relative_error(found, expected) < 20 * eps
+
+
+def least_squares(adjoint):
+    solver = optx.LevenbergMarquardt(1e-12, 1e-12)
+    return lambda args: value(args, adjoint, solver)
+
+
+def negative_root(adjoint):
+    fn = lambda z, args: z - tanh_map(z, args)
+    newton = optx.Newton(1e-12, 1e-12)
+    return lambda args: (
+        optx.root_find(fn, newton, jnp.zeros(SIZE), args, adjoint=adjoint).value
+    )
+
+
+def bare_root_finder(adjoint):
+    return lambda args: value(args, adjoint, optx.Newton(1e-12, 1e-12))
+
+
+REWRITTEN = {
+    "least squares": least_squares,
+    "negative root": negative_root,
+    "root finder": bare_root_finder,
+}
+
+
+@pytest.mark.parametrize("rewritten", REWRITTEN)
+@pytest.mark.parametrize("name", APPROXIMATE_ADJOINTS)
+def test_rewritten_problems_are_refused_by_iterating_adjoints(name, rewritten):
+    args, _ = problem()
+    adjoint = APPROXIMATE_ADJOINTS[name]()
+    with pytest.raises(ValueError, match=f"`{type(adjoint).__name__}` needs a fixed-p"):
+        REWRITTEN[rewritten](adjoint)(args)
+
+
+def test_a_fixed_point_solver_among_the_arguments_does_not_deceive_the_guard():
+    args, _ = problem()
+    fn = lambda z, args: tanh_map(z, args[0])
+    with pytest.raises(ValueError, match="needs a fixed-point problem"):
+        value((args, TIGHT), eqi.JFBAdjoint(), optx.Newton(1e-12, 1e-12), fn)
+
+
+@pytest.mark.parametrize("rewritten", REWRITTEN)
+def test_implicit_adjoint_accepts_rewritten_problems(rewritten):
+    args, g = problem()
+    expected = linear_algebra(args, g, INVERSES["Implicit"])
+    solve = REWRITTEN[rewritten](eqi.ImplicitAdjoint(eqi.GMRES(1e-13, 0.0)))
+    found = jax.jit(jax.grad(lambda args: g @ solve(args)))(args)
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_tags_describe_the_jacobian_of_the_residual():
+    # J - I is symmetric and negative definite, so that I - J suits conjugate gradients.
+    weight = matrix_of_norm(jr.key(0), SIZE, 0.8)
+    weight = (weight + weight.T) / 2
+    x, g = jr.normal(jr.key(1), (2, SIZE))
+    fn = lambda z, args: args[0] @ z + args[1]
+    tags = frozenset({lx.symmetric_tag, lx.negative_semidefinite_tag})
+    adjoint = eqi.ImplicitAdjoint(lx.CG(1e-12, 1e-12))
+    found = gradient((weight, x), g, adjoint, fn=fn, tags=tags)[1]
+    assert jnp.allclose(found, jnp.linalg.solve(jnp.eye(SIZE) - weight, g), rtol=1e-9)
+
+
+def test_backward_solve_raises_only_on_demand():
+    args, g = problem()
+    short = eqi.GMRES(1e-12, 0.0, max_steps=2)
+    found = gradient(args, g, eqi.ImplicitAdjoint(short))
+    exact = linear_algebra(args, g, INVERSES["Implicit"])
+    assert 1e-3 < relative_error(found, exact) < 1
+    with pytest.raises(Exception, match="maximum number of"):
+        jax.block_until_ready(gradient(args, g, eqi.ImplicitAdjoint(short, throw=True)))
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_no_host_callback_in_a_compiled_gradient(name):
+    args, g = problem()
+    text = compiled_text(jax.grad(lambda a: g @ value(a, ADJOINTS[name]())), args)
+    assert not CALLBACK.search(text)
+
+
+def test_throwing_puts_a_host_callback_into_the_gradient():
+    args, g = problem()
+    adjoint = eqi.ImplicitAdjoint(throw=True)
+    text = compiled_text(jax.grad(lambda a: g @ value(a, adjoint)), args)
+    assert CALLBACK.search(text)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_memory_of_a_gradient_does_not_grow_with_max_steps(name):
+    args, g = problem()
+
+    def bytes_for(max_steps):
+        loss = lambda a: g @ value(a, ADJOINTS[name](), max_steps=max_steps)
+        compiled = jax.jit(jax.grad(loss)).lower(args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_for(10) == bytes_for(1000)
+
+
+@pytest.mark.parametrize(
+    "make", [eqi.NeumannAdjoint, eqi.PhantomAdjoint], ids=["Neumann", "Phantom"]
+)
+def test_bad_approximation_orders_are_refused(make):
+    for number in (0, -1, 2.0, True):
+        with pytest.raises((ValueError, TypeError), match="num_(terms|steps)"):
+            make(number)
+    for damping in (0.0, -0.5):
+        with pytest.raises(ValueError, match="`damping` must be positive"):
+            make(2, damping)
+    with pytest.raises(TypeError, match="dampng"):
+        make(2, dampng=0.5)
+
+
+def test_an_array_damping_is_not_trained():
+    args, g = problem()
+    for cls in (eqi.NeumannAdjoint, eqi.PhantomAdjoint):
+        loss = lambda adjoint: g @ value(args, adjoint)
+        slope = eqx.filter_grad(loss)(cls(3, jnp.array(0.5)))
+        assert slope.damping == 0
+
+
+def test_implicit_adjoint_refuses_anything_but_a_linear_solver():
+    with pytest.raises((TypeError, Exception), match="linear_solver"):
+        eqi.ImplicitAdjoint(eqi.Anderson(1e-3, 1e-3))  # pyright: ignore
