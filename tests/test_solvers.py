@@ -10,6 +10,7 @@ import optimistix as optx
 import pytest
 
 import eqimplicit as eqi
+from benchmarks import evaluations
 
 from .helpers import ITERATIONS, matrix_of_norm, orthogonal, solve, SOLVERS, tanh_map
 
@@ -236,72 +237,23 @@ def test_anderson_and_broyden_take_the_steps_of_their_definitions(
         assert np.allclose(sol.value, expected, rtol=0, atol=1e-9)
 
 
-def hard_problems(seed):
-    """Linear symmetric, linear non-symmetric and tanh maps, and rotations."""
-    rng = np.random.default_rng(seed)
-    symmetric = rng.normal(size=(100, 100))
-    symmetric = symmetric + symmetric.T
-    symmetric /= np.linalg.norm(symmetric, 2)
-    general = rng.normal(size=(100, 100))
-    x = rng.normal(size=100)
-    gaussian = rng.normal(size=(100, 100)) / 10
-    rotations = np.zeros((14, 14))
-    for i, angle in enumerate(rng.uniform(0.3, 2 * math.pi - 0.3, size=7)):
-        c, s = math.cos(angle), math.sin(angle)
-        rotations[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = [[c, -s], [s, c]]
-    return {
-        "symmetric 0.9": (False, 0.9 * symmetric, x),
-        "symmetric 0.99": (False, 0.99 * symmetric, x),
-        "non-symmetric 0.9": (False, 0.9 * general / np.linalg.norm(general, 2), x),
-        "tanh 1": (True, gaussian, x),
-        "tanh 1.5": (True, 1.5 * gaussian, x),
-        "rotations": (False, rotations, rng.normal(size=14)),
-    }
-
-
 def affine_map(z, args):
     weight, x = args
     return weight @ z + x
 
 
-def count_full_memory_broyden(nonlinear, weight, x):
-    f = lambda z: np.tanh(weight @ z + x) if nonlinear else weight @ z + x
-    z = np.zeros(len(x))
-    H, g, count = -np.eye(len(x)), f(z) - z, 1
-    while np.linalg.norm(g) >= 1e-6 and count < 500:
-        s = -H @ g
-        z = z + s
-        g_new = f(z) - z
-        Hy = H @ (g_new - g)
-        H = H + np.outer(s - Hy, s @ H) / (s @ Hy)
-        g, count = g_new, count + 1
-    return count
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_evaluations_to_tolerance_against_full_memory_broyden(seed):
-    for name, (nonlinear, weight, x) in hard_problems(seed).items():
-        f = tanh_map if nonlinear else affine_map
-
-        def count(solver):
-            args = (jnp.asarray(weight), jnp.asarray(x))
-            sol = solve(f, solver, jnp.zeros(len(x)), args)
-            assert sol.result == optx.RESULTS.successful
-            assert jnp.linalg.norm(f(sol.value, args) - sol.value) < 1e-6
-            return int(sol.stats["num_evaluations"])
-
-        tolerance = dict(rtol=0.0, atol=1e-6, norm=optx.two_norm)
-        reference = count_full_memory_broyden(nonlinear, weight, x)
-        longest = min(
-            count(eqi.Anderson(**tolerance, history_size=100)),
-            count(eqi.Broyden(**tolerance, history_size=100)),
-        )
-        assert longest <= reference, name
-        if name != "symmetric 0.99":
-            default = min(
-                count(eqi.Anderson(**tolerance)), count(eqi.Broyden(**tolerance))
-            )
-            assert default <= 1.5 * reference, name
+    for name, problem in evaluations.make_problems(seed).items():
+        counts = {
+            k: evaluations.count(s, problem) for k, s in evaluations.SOLVERS.items()
+        }
+        reference = evaluations.count_full_memory_broyden(problem)
+        best = lambda *names: min(counts[name] or 500 for name in names)
+        long = best("`Anderson`, history 100", "`Broyden`, history 100")
+        assert long <= reference, name
+        if name != "symmetric, radius 0.99":
+            assert best("`Anderson`", "`Broyden`") <= 1.5 * reference, name
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -329,7 +281,7 @@ def test_broyden_survives_a_singular_step_and_a_full_history(history_size):
 
 
 def test_broyden_runs_long_after_its_history_is_full():
-    weight = jnp.asarray(hard_problems(0)["symmetric 0.99"][1])
+    weight = jnp.asarray(evaluations.make_problems(0)["symmetric, radius 0.99"].weight)
     args = (weight, jnp.ones(100))
     for dtype, tol in ((jnp.float64, 1e-11), (jnp.float32, 1e-4)):
         args = jtu.tree_map(lambda a: a.astype(dtype), args)
