@@ -5,6 +5,7 @@ Broyden's method with full memory, which starts from -I and takes unit steps.
 """
 
 import argparse
+import functools as ft
 import math
 from typing import NamedTuple
 
@@ -48,13 +49,16 @@ def make_problems(seed: int) -> dict[str, Problem]:
     }
 
 
-TOLERANCE = dict(rtol=0.0, atol=1e-6, norm=optx.two_norm)
+_picard, _anderson, _broyden = (
+    ft.partial(cls, 0.0, 1e-6, optx.two_norm)
+    for cls in (eqi.Picard, eqi.Anderson, eqi.Broyden)
+)
 SOLVERS = {
-    "`Picard`": eqi.Picard(**TOLERANCE),
-    "`Anderson`": eqi.Anderson(**TOLERANCE),
-    "`Broyden`": eqi.Broyden(**TOLERANCE),
-    "`Anderson`, history 100": eqi.Anderson(**TOLERANCE, history_size=100),
-    "`Broyden`, history 100": eqi.Broyden(**TOLERANCE, history_size=100),
+    "`Picard`": _picard(),
+    "`Anderson`": _anderson(),
+    "`Broyden`": _broyden(),
+    "`Anderson`, history 100": _anderson(history_size=100),
+    "`Broyden`, history 100": _broyden(history_size=100),
 }
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import equinox as eqx
 import jax
@@ -390,3 +391,37 @@ def test_mixed_and_complex_states_are_refused(name):
     with pytest.warns(UserWarning, match="Complex"):
         with pytest.raises(ValueError, match="complex128"):
             optx.fixed_point(identity, solver, jnp.ones(2, jnp.complex128))
+
+
+def lowered(solver, batch=False):
+    f = lambda z, a: jnp.tanh(a * z + 1)
+    solve_one = lambda a: optx.fixed_point(f, solver, jnp.zeros(50), a).value
+    solve_all = jax.vmap(solve_one) if batch else solve_one
+    return jax.jit(solve_all).lower(jnp.ones((3, 50)) if batch else jnp.ones(50))
+
+
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_history_is_updated_in_place(cls):
+    text = lowered(cls(1e-3, 1e-3, history_size=7)).compile().as_text()
+    assert "f64[7,50]" in text
+    body = text[text.index("while/body") :] if "while/body" in text else text
+    assert not re.search(r"f64\[7,50\]\S* copy\(%(?!wrapped_broadcast)", body)
+
+
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_batched_history_is_never_scattered_into(cls):
+    text = lowered(cls(1e-3, 1e-3, history_size=7), batch=True).compile().as_text()
+    assert not re.search(r" (scatter|gather)\(", text)
+
+
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_program_does_not_grow_with_the_history_nor_call_lapack(cls):
+    short, long = (lowered(cls(1e-3, 1e-3, history_size=m)) for m in (3, 100))
+    assert short.as_text().count("\n") == long.as_text().count("\n")
+    assert "lapack" not in long.as_text()
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_map_is_compiled_once(name):
+    text = lowered(SOLVERS[name](1e-3, 1e-3)).as_text()
+    assert text.count("stablehlo.tanh") == 1

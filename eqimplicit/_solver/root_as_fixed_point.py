@@ -47,12 +47,21 @@ class RootAsFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _RootState[Y]]):
 
     root_finder: optx.AbstractRootFinder
 
-    def __check_init__(self):
-        if not isinstance(self.root_finder, optx.AbstractRootFinder):
+    # Explicit, since type checkers would take the properties below for fields.
+    def __init__(self, root_finder: optx.AbstractRootFinder):
+        """**Arguments:**
+
+        - `root_finder`: an [`optimistix.AbstractRootFinder`][], for example
+            `optimistix.Newton(rtol=1e-6, atol=1e-6)`. Its tolerances and norm are used.
+
+        **Raises:** a `TypeError` if `root_finder` is not a root finder.
+        """
+        if not isinstance(root_finder, optx.AbstractRootFinder):
             raise TypeError(
                 "`root_finder` must be an `optimistix.AbstractRootFinder`, for example "
-                f"`optimistix.Newton(1e-6, 1e-6)`. Got {self.root_finder!r}."
+                f"`optimistix.Newton(1e-6, 1e-6)`. Got {root_finder!r}."
             )
+        self.root_finder = root_finder
 
     @property
     def rtol(self):
@@ -128,12 +137,3 @@ class RootAsFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _RootState[Y]]):
             _Residual(fn), y, aux, args, options, state.root_state, tags, result
         )
         return state.iterate, aux, {**stats, "residual": state.measurement.residual}
-
-
-RootAsFixedPoint.__init__.__doc__ = """**Arguments:**
-
-- `root_finder`: an [`optimistix.AbstractRootFinder`][], for example
-    `optimistix.Newton(rtol=1e-6, atol=1e-6)`. Its tolerances and norm are used.
-
-**Raises:** a `TypeError` if `root_finder` is not a root finder.
-"""
