@@ -425,3 +425,12 @@ def test_program_does_not_grow_with_the_history_nor_call_lapack(cls):
 def test_map_is_compiled_once(name):
     text = lowered(SOLVERS[name](1e-3, 1e-3)).as_text()
     assert text.count("stablehlo.tanh") == 1
+
+
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_tiny_steps_do_not_overflow_half_precision(cls):
+    # The reciprocal of a step below 1.5e-5 is infinite in float16.
+    f = lambda z, _: 1e-5 * jnp.array([0.9, -0.5, 0.3], jnp.float16) + 0.9 * z[::-1]
+    sol = solve(f, cls(0.0, 1e-6), jnp.zeros(3, jnp.float16))
+    assert jnp.all(jnp.isfinite(sol.value))
+    assert sol.result == optx.RESULTS.successful

@@ -259,8 +259,9 @@ class AbstractSecantIteration(
         change = residual - history.residual
         size = two_norm(change)
         known = (history.num_steps > 0) & (size > 0)
-        scale = jnp.where(known, 1 / jnp.where(known, size, 1), 0).astype(z.dtype)
-        step, change = scale * history.step, scale * change
+        scale = jnp.where(known, 1 / jnp.where(known, size, 1), 0)
+        normalise = lambda v: (scale * v.astype(scale.dtype)).astype(v.dtype)
+        step, change = normalise(history.step), normalise(change)
         # Written before they are read, so that the buffers are updated in place.
         test = self.pick_test(step, change)
         tests = history.tests.at[row].set(test)
@@ -280,9 +281,9 @@ class AbstractSecantIteration(
         )
 
         weights = (inverse @ projection).astype(z.dtype)
-        step = damping * residual - dot(weights, mixed).astype(z.dtype)
-        return z + step, SecantHistory(
-            step=step,
+        proposal = z + (damping * residual - dot(weights, mixed).astype(z.dtype))
+        return proposal, SecantHistory(
+            step=proposal - z,
             residual=residual,
             tests=tests,
             mixed=mixed,
