@@ -7,9 +7,14 @@ import jax.flatten_util as jfu
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, DTypeLike, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from ._custom_types import Vector
+
+
+# Arrays may be traced, so that they are let through unchecked.
+_Number = (int, float, np.number)
 
 
 def state_dtype(tree: PyTree[Any]) -> jnp.dtype:
@@ -60,9 +65,29 @@ def dot(a: Array, b: Array) -> Array:
 
 
 def two_norm(tree: PyTree[Array]) -> Float[Array, ""]:
-    """The Euclidean norm of all entries, accumulated in at least float32."""
+    """The Euclidean norm of all entries, accumulated in at least float32, that neither
+    overflows nor underflows where its value does not.
+    """
     leaves = [x.astype(accumulation_dtype(x.dtype)) for x in jtu.tree_leaves(tree)]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves]))
+    scale = lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+    return scale * safe_sqrt(sum(jnp.sum(jnp.square(x / scale)) for x in leaves))
+
+
+def safe_sqrt(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The square root, with derivative zero at zero."""
+    positive = x != 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
+def clone(tree: PyTree[Any]) -> PyTree[Any]:
+    """A copy whose Equinox state can be used up instead of the original's."""
+    return jtu.tree_map(lambda x: x, tree)
 
 
 def stop_gradient(tree: PyTree[Any]) -> PyTree[Any]:
@@ -78,16 +103,15 @@ def check_positive_int(name: str, value: Any) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, (int, float)) and not value > 0:
+    if isinstance(value, _Number) and not value > 0:
         raise ValueError(f"`{name}` must be positive. Got {value!r}.")
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
-    """Checks Python numbers; arrays (which may be traced) are let through."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, (int, float)) and not value >= 0:
+        if isinstance(value, _Number) and not value >= 0:
             raise ValueError(f"`{name}` must not be negative. Got {value!r}.")
-    if all(isinstance(tol, (int, float)) and tol == 0 for tol in (rtol, atol)):
+    if all(isinstance(tol, _Number) and tol == 0 for tol in (rtol, atol)):
         raise ValueError(
             "`rtol` and `atol` must not both be zero: no solve could finish. Set at "
             "least one, e.g. `rtol=1e-4`."

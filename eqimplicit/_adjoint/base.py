@@ -13,7 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._custom_types import LinearMap
-from .._misc import stop_gradient
+from .._misc import all_finite, stop_gradient
 
 
 while_loop = ft.partial(eqxi.while_loop, kind="lax")
@@ -183,6 +183,10 @@ class LinearSolve(eqx.Module):
         zeros = [jnp.all(leaf == 0) for leaf in jtu.tree_leaves(vector)]
         is_zero = jnp.all(jnp.stack(zeros))
         if self.throw:
+            # Direct solvers do not look at what they return.
+            result = lx.RESULTS.where(
+                all_finite(solution), result, lx.RESULTS.breakdown
+            )
             failed = (result != lx.RESULTS.successful) & ~is_zero
             solution = result.error_if(solution, failed)
         return jtu.tree_map(lambda x: jnp.where(is_zero, 0, x), solution)

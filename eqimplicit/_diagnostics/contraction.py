@@ -10,7 +10,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._layer.base import evaluate_cell
 from .._misc import check_positive, check_positive_int, ravel, two_norm
+from .._parametrisation.base import resolve
 
 
 def contraction_factor(
@@ -101,7 +103,7 @@ class ContractionMonitor(eqx.Module):
                 "`ContractionMonitor` warns in Python, so it must be called outside "
                 "`jax.jit`. Inside, use `eqimplicit.contraction_factor`."
             )
-        if not factor > self.bound:
+        if factor <= self.bound:
             return cell, factor
         warnings.warn(
             f"The cell expands random perturbations by {float(factor):.3g}, more than "
@@ -118,7 +120,8 @@ class ContractionMonitor(eqx.Module):
 
 @eqx.filter_jit
 def _probe(cell, z, x, key, state, num_samples):
-    fn = lambda y: cell(y, x) if state is None else cell(y, x, state)[0]
+    cell = resolve(cell)
+    fn = lambda y: evaluate_cell(cell, y, x, None, state)[0]
     return contraction_factor(fn, z, key=key, num_samples=num_samples)
 
 

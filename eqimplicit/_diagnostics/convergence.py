@@ -9,7 +9,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from .._misc import check_positive_int
+from .._layer.base import check_same_structure
+from .._misc import check_positive_int, state_dtype
 
 
 def convergence_history(
@@ -28,7 +29,8 @@ def convergence_history(
 
     **Arguments:**
 
-    - `fn`: a map `fn(y) -> y`, for a [`eqimplicit.DEQ`][] `lambda z: deq.cell(z, x)`.
+    - `fn`: a map `fn(y) -> y`, for a [`eqimplicit.DEQ`][] `lambda z: deq.cell(z, x)`
+        (with [`eqimplicit.resolve`][] around the cell if it is parametrised).
     - `y0`: the initial guess, a pytree of floating arrays.
     - `solver`: any [`optimistix.AbstractFixedPointSolver`][], also of Optimistix.
     - `num_steps`: the number of steps.
@@ -38,8 +40,16 @@ def convergence_history(
 
     An array of `num_steps` residuals, the norm (that of the solver) of `fn(y) - y`; the
     first is that of `y0`.
+
+    **Raises:** a `TypeError` if `solver` is not a fixed-point solver, a `ValueError` if
+    `fn` does not map its state to one like it.
     """
     check_positive_int("num_steps", num_steps)
+    if not isinstance(solver, optx.AbstractFixedPointSolver):
+        raise TypeError(
+            "`solver` must be an instance of `optimistix.AbstractFixedPointSolver`. "
+            f"Got {solver!r}."
+        )
     options = {} if options is None else options
     no_tags = frozenset()
 
@@ -48,7 +58,9 @@ def convergence_history(
         image = fn(y)
         return image, image
 
+    state_dtype(y0)
     f_struct = jax.eval_shape(fn, y0)
+    check_same_structure("fn", f_struct, y0, "Change `fn` or `y0`.")
     init = solver.init(with_image, y0, None, options, f_struct, f_struct, no_tags)
     init, static = eqx.partition(init, eqx.is_array)
 

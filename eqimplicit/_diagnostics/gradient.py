@@ -14,9 +14,11 @@ from .._adjoint.implicit import ImplicitAdjoint
 from .._adjoint.jfb import JFBAdjoint
 from .._adjoint.neumann import NeumannAdjoint
 from .._adjoint.phantom import PhantomAdjoint
+from .._layer.base import evaluate_cell
 from .._layer.deq import DEQ
 from .._linear_solver.gmres import GMRES
-from .._misc import accumulation_dtype, ravel, two_norm
+from .._misc import accumulation_dtype, state_dtype, two_norm
+from .._parametrisation.base import resolve
 
 
 class GradientReport(eqx.Module):
@@ -60,8 +62,8 @@ def gradient_report(
     near the precision of its numbers; its report comes first, and a residual that is
     not small there says that there is no trustworthy gradient at all.
 
-    Works under `jax.jit` and `jax.vmap`; costs a forward and a backward solve for each
-    adjoint.
+    Works under `equinox.filter_jit` and `equinox.filter_vmap`; costs a forward and a
+    backward solve for each adjoint.
 
     **Arguments:**
 
@@ -84,7 +86,8 @@ def gradient_report(
             ImplicitAdjoint(),
         ]
     z = jax.lax.stop_gradient(layer.solve(x, z0, key=key, state=state).value)
-    tolerance = 10 * float(jnp.finfo(accumulation_dtype(ravel(z)[0].dtype)).eps)
+    dtype = accumulation_dtype(state_dtype(z))
+    tolerance = 10 * float(jnp.finfo(dtype).eps)
     reference = ImplicitAdjoint(GMRES(tolerance, 0.0, restart=50, max_steps=1000))
 
     def gradient(adjoint):
@@ -92,7 +95,8 @@ def gradient_report(
 
     exact, _ = gradient(reference)
     cotangent = jax.grad(loss)(z)
-    evaluate = lambda y: _evaluate(layer.cell, y, x, key, state)
+    cell = resolve(layer.cell)
+    evaluate = lambda y: evaluate_cell(cell, y, x, key, state)[0]
     _, pull_back = jax.vjp(evaluate, z)
 
     def report(adjoint):
@@ -100,25 +104,19 @@ def gradient_report(
         residual = (cotangent**ω - w**ω + pull_back(w)[0] ** ω).ω
         error = jtu.tree_map(jnp.subtract, grads, exact)
         inner = sum(
-            jnp.vdot(a, b)
+            jnp.vdot(a.astype(dtype), b.astype(dtype))
             for a, b in zip(jtu.tree_leaves(grads), jtu.tree_leaves(exact))
         )
+        size, exact_size = (two_norm(tree).astype(dtype) for tree in (grads, exact))
         return GradientReport(
             adjoint=adjoint,
-            cosine=inner / (two_norm(grads) * two_norm(exact)),
-            relative_error=two_norm(error) / two_norm(exact),
+            cosine=inner / (size * exact_size),
+            relative_error=two_norm(error).astype(dtype) / exact_size,
             residual=two_norm(residual) / two_norm(cotangent),
             num_products=_num_products(adjoint, pull_back, cotangent),
         )
 
     return [report(adjoint) for adjoint in (reference, *adjoints)]
-
-
-def _evaluate(cell, z, x, key, state):
-    keyword = {} if key is None else {"key": key}
-    if state is None:
-        return cell(z, x, **keyword)
-    return cell(z, x, state, **keyword)[0]
 
 
 class _Shifted(eqx.Module):

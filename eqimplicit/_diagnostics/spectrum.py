@@ -87,8 +87,12 @@ def spectral_radius(
 
     def orthonormalise(a, b):
         a = a / _positive(two_norm(a)).astype(a.dtype)
+        size = two_norm(b)
         b = b - jnp.vdot(a, b) * a
         b = b - jnp.vdot(a, b) * a
+        # Where the plane has become a line, what is left is rounding.
+        is_noise = two_norm(b) <= 10 * float(jnp.finfo(b.dtype).eps) * size
+        b = jnp.where(is_noise, 0, b)
         return a, b / _positive(two_norm(b)).astype(b.dtype)
 
     def step(_, plane):

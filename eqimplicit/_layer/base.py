@@ -1,12 +1,14 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax.extend as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._misc import check_positive_int, state_dtype
+from .._misc import check_positive_int, clone
 
 
 def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
@@ -28,11 +30,26 @@ def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
     check_positive_int("max_steps", max_steps)
 
 
+def evaluate_cell(
+    cell: Callable,
+    z: PyTree[Any],
+    x: PyTree[Any],
+    key: PRNGKeyArray | None,
+    state: eqx.nn.State | None,
+) -> tuple[PyTree[Array], eqx.nn.State | None]:
+    """Calls a cell as its user was told that it would be called."""
+    keyword = {} if key is None else {"key": key}
+    if state is None:
+        image, new_state = cell(z, x, **keyword), None
+    else:
+        image, new_state = cell(z, x, clone(state), **keyword)
+    return jtu.tree_map(jnp.asarray, image), new_state
+
+
 def check_same_structure(
     name: str, output: PyTree[Any], state: PyTree[Any], remedy: str
 ) -> None:
     """Names the first leaf in which the output of a map differs from its state."""
-    state_dtype(state)
     output_def, state_def = jtu.tree_structure(output), jtu.tree_structure(state)
     if output_def != state_def:
         raise ValueError(
@@ -67,6 +84,8 @@ def check_uncoupled(name: str, jaxpr: jex.core.Jaxpr) -> None:
 
 def _named_axes(jaxpr: jex.core.Jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "axis_index":
+            continue
         for key in ("axes", "axis_name"):
             axes = eqn.params.get(key, ())
             axes = axes if isinstance(axes, (tuple, list)) else (axes,)

@@ -1,3 +1,4 @@
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,15 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._misc import stop_gradient
+from .._misc import state_dtype, stop_gradient
 from .._parametrisation.base import resolve
 from .._solver.anderson import Anderson
-from .base import check_same_structure, check_solve_arguments, check_uncoupled
+from .base import (
+    check_same_structure,
+    check_solve_arguments,
+    check_uncoupled,
+    evaluate_cell,
+)
 
 
 class DEQ(eqx.Module):
@@ -116,49 +122,41 @@ class DEQ(eqx.Module):
         shape and dtype, or if it communicates along a mapped axis.
         """
         z0 = self._initial_guess(x, z0)
-        cell = _Evaluate(keyword={} if key is None else {"key": key})
-        args = (resolve(self.cell), x, state)
-        jaxpr, *output = eqx.filter_make_jaxpr(cell)(z0, args)
-        output, _ = eqx.combine(*output)
+        state_dtype(z0)
+        cell = resolve(self.cell)
+
+        def fn(z, args):
+            cell, x, key, state = args
+            image, _ = evaluate_cell(cell, z, x, key, state)
+            return image
+
+        args = (cell, x, key, state)
+        jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
         remedy = "Pass `z0`, or an `init`, that matches what the cell returns."
-        check_same_structure("cell", output, z0, remedy)
+        check_same_structure("cell", eqx.combine(*output), z0, remedy)
         check_uncoupled("cell", jaxpr.jaxpr)
         solution = optx.fixed_point(
-            cell,
+            fn,
             self.solver,
             z0,
             args,
-            has_aux=True,
             max_steps=self.max_steps,
             adjoint=self.adjoint,
             throw=self.throw,
         )
+        if state is None:
+            return solution
+        fixed = stop_gradient((cell, solution.value, x, key, state))
+        _, new_state = evaluate_cell(*fixed)
         return eqx.tree_at(
-            lambda s: s.aux,
-            solution,
-            stop_gradient(solution.aux),
-            is_leaf=lambda x: x is None,
+            lambda s: s.aux, solution, new_state, is_leaf=lambda x: x is None
         )
 
     def _initial_guess(self, x, z0):
-        if z0 is not None:
-            return jtu.tree_map(jnp.asarray, z0)
-        if self.init is not None:
-            return self.init(x)
-        return jtu.tree_map(jnp.zeros_like, eqx.filter(x, eqx.is_array_like))
-
-
-class _Evaluate(eqx.Module):
-    """The cell as Optimistix wants it, with the new Equinox state as auxiliary
-    output."""
-
-    keyword: dict[str, PRNGKeyArray]
-
-    def __call__(self, z, args):
-        cell, x, state = args
-        if state is None:
-            return cell(z, x, **self.keyword), None
-        return cell(z, x, state, **self.keyword)
+        if z0 is None:
+            init = ft.partial(jtu.tree_map, jnp.zeros_like)
+            z0 = init(x) if self.init is None else self.init(x)
+        return jtu.tree_map(jnp.asarray, z0)
 
 
 DEQ.__init__.__doc__ = """**Arguments:**

@@ -1,10 +1,10 @@
 import abc
 from typing import Any
 
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree
+
+from .._misc import all_finite
 
 
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
@@ -56,13 +56,11 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
 
 
 def result_of(
-    converged: Bool[Array, ""], vector: PyTree[Array], residual: Array
+    converged: Bool[Array, ""], broken_down: Bool[Array, ""], vector: PyTree[Array]
 ) -> lx.RESULTS:
     """Why a solve ended that may not have met its tolerance."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(vector)]
-    finite = jnp.all(jnp.stack(finite))
     result = lx.RESULTS.where(
-        jnp.isfinite(residual), lx.RESULTS.max_steps_reached, lx.RESULTS.breakdown
+        broken_down, lx.RESULTS.breakdown, lx.RESULTS.max_steps_reached
     )
-    result = lx.RESULTS.where(finite, result, lx.RESULTS.nonfinite_input)
+    result = lx.RESULTS.where(all_finite(vector), result, lx.RESULTS.nonfinite_input)
     return lx.RESULTS.where(converged, lx.RESULTS.successful, result)

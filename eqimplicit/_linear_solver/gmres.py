@@ -33,6 +33,7 @@ class _Cycle(eqx.Module):
     num_columns: Int[Array, ""]
     residual: Float[Array, ""]
     num_products: Int[Array, ""]
+    broken_down: Bool[Array, ""]
 
 
 class _Progress(eqx.Module):
@@ -40,6 +41,7 @@ class _Progress(eqx.Module):
     residual_vector: Vector
     residual: Float[Array, ""]
     num_products: Int[Array, ""]
+    broken_down: Bool[Array, ""]
 
 
 class GMRES(AbstractMatrixFreeSolver):
@@ -98,7 +100,8 @@ class GMRES(AbstractMatrixFreeSolver):
         tolerance = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
 
         def unfinished(state: _Progress | _Cycle) -> Bool[Array, ""]:
-            return (state.residual > tolerance) & (state.num_products < self.max_steps)
+            in_time = state.num_products < self.max_steps
+            return (state.residual > tolerance) & in_time & ~state.broken_down
 
         def extend(cycle: _Cycle) -> _Cycle:
             return _extend(product, cycle)
@@ -112,14 +115,15 @@ class GMRES(AbstractMatrixFreeSolver):
 
         restart = min(self.restart, b.size)
         progress = _Progress(
-            solution=jnp.zeros(b.shape, dtype),
+            solution=0 * b.astype(dtype),  # so that a NaN stays one
             residual_vector=b.astype(dtype),
             residual=size,
             num_products=jnp.array(0),
+            broken_down=jnp.array(False),
         )
         progress = lax.while_loop(unfinished, run_cycle, progress)
-        converged = progress.residual <= tolerance
-        result = result_of(converged, vector, progress.residual)
+        converged = jnp.isfinite(size) & (progress.residual <= tolerance)
+        result = result_of(converged, progress.broken_down, vector)
         stats = {
             "num_products": progress.num_products,
             "residual": progress.residual,
@@ -138,6 +142,7 @@ def _start(progress: _Progress, restart: int) -> _Cycle:
         num_columns=jnp.array(0),
         residual=progress.residual,
         num_products=progress.num_products,
+        broken_down=progress.broken_down,
     )
 
 
@@ -156,9 +161,12 @@ def _extend(product, cycle: _Cycle) -> _Cycle:
     rotated_column = dot(cycle.rotation, column)
     a, b = rotated_column[j], rotated_column[j + 1]
     diagonal = jnp.hypot(a, b)
-    singular = diagonal == 0
+    # The Krylov space is exhausted, and the operator singular on it. Leave the column
+    # out, which keeps the residual as it was.
+    eps = jnp.finfo(column.dtype).eps
+    singular = diagonal <= 10 * eps * two_norm(column)
     safe = jnp.where(singular, 1, diagonal)
-    c, s = jnp.where(singular, 1, a / safe), b / safe
+    c, s = jnp.where(singular, 0, a / safe), jnp.where(singular, 1, b / safe)
 
     def rotate(x):
         first, second = x[j], x[j + 1]
@@ -168,18 +176,20 @@ def _extend(product, cycle: _Cycle) -> _Cycle:
     return _Cycle(
         basis=cycle.basis.at[j + 1].set(w / jnp.where(size == 0, 1, size)),
         rotation=rotate(cycle.rotation),
-        triangle=cycle.triangle.at[:, j].set(rotate(rotated_column)),
+        triangle=cycle.triangle.at[:, j].set(
+            jnp.where(singular, 0, rotate(rotated_column))
+        ),
         rotated=rotated,
         num_columns=cycle.num_columns + 1,
         residual=jnp.abs(rotated[j + 1]),
         num_products=cycle.num_products + 1,
+        broken_down=singular,
     )
 
 
 def _finish(progress: _Progress, cycle: _Cycle) -> _Progress:
     restart = cycle.triangle.shape[1]
     used = jnp.arange(restart) < cycle.num_columns
-    # A zero on the diagonal belongs to a singular operator: leave that direction out.
     triangle = cycle.triangle[:-1]
     used = used & (jnp.diagonal(triangle) != 0)
     identity = jnp.eye(restart, dtype=triangle.dtype)
@@ -193,6 +203,7 @@ def _finish(progress: _Progress, cycle: _Cycle) -> _Progress:
         residual_vector=dot(residual_weights, cycle.basis),
         residual=cycle.residual,
         num_products=cycle.num_products,
+        broken_down=cycle.broken_down,
     )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._misc import (
     accumulation_dtype,
+    all_finite,
     check_positive_int,
     check_tolerances,
     state_dtype,
@@ -52,7 +53,7 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
         if not isinstance(self.fallback, lx.AbstractLinearSolver):
             raise TypeError(
                 "`fallback` must be a `lineax.AbstractLinearSolver`, for example "
-                f" `GMRES(1e-6, 0.0)`. Got {self.fallback!r}."
+                f"`GMRES(1e-6, 0.0)`. Got {self.fallback!r}."
             )
 
     def solve(
@@ -83,7 +84,7 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
         # `solution` runs one product ahead of the residual that is known for sure.
         state = _State(vector, vector, size, jnp.array(0))
         state = lax.while_loop(go_on, step, state)
-        converged = state.residual <= tolerance
+        converged = jnp.isfinite(size) & (state.residual <= tolerance)
 
         remaining = jtu.tree_map(lambda x: jnp.where(converged, 0, x), vector)
         fallback_state = self.fallback.init(operator, {})
@@ -92,6 +93,10 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
         )
         solution = jtu.tree_map(
             lambda a, b: jnp.where(converged, a, b), state.solution, other
+        )
+        # Direct solvers do not look at what they return.
+        other_result = lx.RESULTS.where(
+            all_finite(other), other_result, lx.RESULTS.breakdown
         )
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, other_result)
         stats = {"num_products": state.num_products + stats.get("num_products", 0)}

@@ -1,0 +1,337 @@
+"""Channels-last building blocks that the architectures share."""
+
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.custom_derivatives as jcd
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from .._misc import accumulation_dtype
+
+
+class Conv2d(eqx.Module):
+    """A two-dimensional convolution of images that have their channels last.
+
+    Made for the cells of implicit layers. On the CPU, in the loop of a solver, XLA is
+    slow on convolutions that have their channels first, and slow on products with the
+    transposed Jacobian even if they are last. This layer takes as long inside a loop as
+    outside, forwards and backwards.
+    """
+
+    weight: Float[Array, "height width in_channels out_channels"]
+    bias: Float[Array, " out_channels"] | None
+    stride: int = eqx.field(static=True)
+    padding: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_channels`: the number of channels of the input.
+        - `out_channels`: the number of channels of the output.
+        - `kernel_size`: the height and width of the kernel.
+        - `stride`: the step of the kernel between two outputs.
+        - `padding`: the number of zeros to add on each of the four sides.
+        - `use_bias`: whether to add a bias to each channel.
+        - `dtype`: the dtype of the parameters, by default JAX's default float.
+        - `key`: a `jax.random` key for the parameters, uniform between
+            `±1 / sqrt(in_channels * kernel_size**2)`.
+        """
+        key_weight, key_bias = jr.split(key)
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        bound = (in_channels * kernel_size**2) ** -0.5
+        uniform = ft.partial(jr.uniform, dtype=dtype, minval=-bound, maxval=bound)
+        self.weight = uniform(key_weight, shape)
+        self.bias = uniform(key_bias, (out_channels,)) if use_bias else None
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width in_channels"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch new_height new_width out_channels"]:
+        """**Arguments:**
+
+        - `x`: an image, or any number of them along leading axes.
+        - `key`: ignored; as in all of Equinox.
+        """
+        del key
+        images = x.reshape(-1, *x.shape[-3:])
+        out = _convolve(self.stride, self.padding, images, self.weight)
+        if self.bias is not None:
+            out = out + _broadcast(self.bias, out)
+        return out.reshape(*x.shape[:-3], *out.shape[-3:])
+
+
+def _library(x, weight, padding, stride=1, dilation=1):
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        window_strides=(stride, stride),
+        padding=padding,
+        lhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _transpose(stride, padding, shape, y, weight):
+    """The transpose of a convolution with respect to images of the given shape."""
+    weight = jnp.swapaxes(jnp.flip(weight, (0, 1)), 2, 3)
+    size = weight.shape[0]
+    before = size - 1 - padding
+    pads = [
+        (before, n_in + size - 1 - before - (1 + (n_out - 1) * stride))
+        for n_in, n_out in zip(shape[1:3], y.shape[1:3])
+    ]
+    return _library(y, weight, pads, dilation=stride)
+
+
+# XLA's CPU backend brings convolutions into the form that it is fast on (channels last
+# in images, output channels last in kernels), but not those inside a loop. JAX's own
+# transpose of a convolution is not in that form: 20 to 50 times slower in a loop. So
+# write the transpose out.
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _convolve(stride, padding, x, weight):
+    return _library(x, weight, [(padding, padding)] * 2, stride)
+
+
+@ft.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(stride, padding, primals, tangents):
+    x, weight = primals
+    t_x, t_weight = tangents
+    out = _convolve(stride, padding, x, weight)
+    t_out = []
+    if not isinstance(t_x, jcd.SymbolicZero):
+        t_out.append(
+            _with_transpose(
+                lambda x: _convolve(stride, padding, x, weight),
+                lambda y: _transpose(stride, padding, x.shape, y, weight),
+                t_x,
+                out.shape,
+            )
+        )
+    if not isinstance(t_weight, jcd.SymbolicZero):
+        t_out.append(_library(x, t_weight, [(padding, padding)] * 2, stride))
+    return out, sum(t_out[1:], start=t_out[0])
+
+
+def _with_transpose(linear, transpose, x, out_shape):
+    """Applies the linear function $A$, with the given function as its transpose.
+
+    Such functions have no primitive of their own in JAX that can be mapped, but linear
+    solves have. This is one with a triangular system,
+
+    $$u = x, \\quad y - A u = 0.$$
+    """
+
+    def matvec(solution):
+        u, y = solution
+        return u, y - linear(u)
+
+    def solve(_, vector):
+        u, y = vector
+        return u, y + linear(u)
+
+    def transpose_solve(_, vector):
+        u, y = vector
+        return u + transpose(y), y
+
+    # Zero, but as a function of `x`: all of the right-hand side has to be linear in it.
+    zero = jnp.broadcast_to(jnp.sum(x[:0]), out_shape)
+    return lax.custom_linear_solve(matvec, (x, zero), solve, transpose_solve)[1]
+
+
+class BatchNorm(eqx.Module):
+    r"""Batch normalisation of images that have their channels last:
+
+    $$y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \varepsilon}} w + b$$
+
+    for each channel. In training mode the mean and variance are those over the batch
+    and all pixels, and the state is returned with new running statistics; in inference
+    mode they are the running statistics, and the state is returned unchanged.
+
+    Takes the whole batch, not one example under a `vmap` with an axis name: in training
+    mode the examples depend on each other, so in an implicit layer the batch must be
+    one state. (Through `equinox.nn.BatchNorm`, which has the channels first, gradients
+    took four times as long on the CPU.)
+    """
+
+    weight: Float[Array, " channels"] | None
+    bias: Float[Array, " channels"] | None
+    statistics: eqx.nn.StateIndex
+    decay: float = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    inference: bool
+
+    def __init__(
+        self,
+        channels: int,
+        affine: bool = True,
+        decay: float = 0.9,
+        epsilon: float = 1e-5,
+        inference: bool = False,
+        dtype: DTypeLike | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `channels`: the number of channels.
+        - `affine`: whether there are a weight and a bias for each channel.
+        - `decay`: the weight of the old running statistics when new ones come in.
+        - `epsilon`: what is added to the variance.
+        - `inference`: whether to use the running statistics. Switch it with
+            `equinox.nn.inference_mode`.
+        - `dtype`: the dtype of the parameters and statistics, by default JAX's default
+            float.
+        """
+        self.weight, self.bias = _affine_parameters(channels, affine, dtype)
+        initial = jnp.zeros(channels, dtype), jnp.ones(channels, dtype)
+        self.statistics = eqx.nn.StateIndex(initial)
+        self.decay = decay
+        self.epsilon = epsilon
+        self.inference = inference
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], state: eqx.nn.State
+    ) -> tuple[Float[Array, "batch height width channels"], eqx.nn.State]:
+        """**Arguments:**
+
+        - `x`: a batch of images.
+        - `state`: the Equinox state that holds the running statistics.
+
+        **Returns:**
+
+        A pair of the normalised batch and the new state.
+        """
+        if self.inference:
+            mean, variance = state.get(self.statistics)
+        else:
+            mean, variance = _moments(x, (0, 1, 2))
+            state = self._update(state, mean, variance, x.size // x.shape[-1])
+        y = _standardise(x, mean, variance, self.epsilon)
+        return _apply_affine(self.weight, self.bias, y), state
+
+    def _update(self, state, mean, variance, count):
+        variance = variance * (count / max(count - 1, 1))
+
+        def update(old, new):
+            new = lax.stop_gradient(new).reshape(-1).astype(old.dtype)
+            return self.decay * old + (1 - self.decay) * new
+
+        mean_and_variance = state.get(self.statistics)
+        new = jtu.tree_map(update, mean_and_variance, (mean, variance))
+        return state.set(self.statistics, new)
+
+
+class GroupNorm(eqx.Module):
+    """Group normalisation of images that have their channels last: as
+    [`eqimplicit.models.BatchNorm`][], but with the mean and variance over the pixels of
+    one image and a group of channels.
+
+    It leaves the examples of a batch independent, so that each may have a solve of its
+    own.
+
+    ??? cite "References"
+
+        ```bibtex
+        @inproceedings{wu2018group,
+            author = {Wu, Yuxin and He, Kaiming},
+            title = {Group Normalization},
+            booktitle = {European Conference on Computer Vision},
+            year = {2018},
+        }
+        ```
+    """
+
+    weight: Float[Array, " channels"] | None
+    bias: Float[Array, " channels"] | None
+    groups: int = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        affine: bool = True,
+        groups: int = 4,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+    ):
+        """**Arguments:**
+
+        - `channels`: the number of channels.
+        - `affine`: whether there are a weight and a bias for each channel.
+        - `groups`: the number of groups, a divisor of `channels`.
+        - `epsilon`: what is added to the variance.
+        - `dtype`: the dtype of the parameters, by default JAX's default float.
+
+        **Raises:** a `ValueError` if `groups` does not divide `channels`.
+        """
+        if channels % groups != 0:
+            raise ValueError(
+                f"`groups` must divide `channels`. Got {channels} channels and "
+                f"{groups} groups."
+            )
+        self.weight, self.bias = _affine_parameters(channels, affine, dtype)
+        self.groups = groups
+        self.epsilon = epsilon
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        state: eqx.nn.State | None = None,
+    ) -> tuple[Float[Array, "*batch height width channels"], eqx.nn.State | None]:
+        """**Arguments:**
+
+        - `x`: an image, or any number of them along leading axes.
+        - `state`: passed on, so that this can take the place of a batch norm.
+
+        **Returns:**
+
+        A pair of the normalised images and `state`.
+        """
+        y = x.reshape(*x.shape[:-1], self.groups, -1)
+        mean, variance = _moments(y, (-4, -3, -1))
+        y = _standardise(y, mean, variance, self.epsilon).reshape(x.shape)
+        return _apply_affine(self.weight, self.bias, y), state
+
+
+def _affine_parameters(channels, affine, dtype):
+    if not affine:
+        return None, None
+    return jnp.ones(channels, dtype), jnp.zeros(channels, dtype)
+
+
+def _apply_affine(weight, bias, y):
+    return y if weight is None else y * _broadcast(weight, y) + _broadcast(bias, y)
+
+
+def _moments(x, axes):
+    x = x.astype(accumulation_dtype(x.dtype))
+    mean = jnp.mean(x, axes, keepdims=True)
+    return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+
+
+def _standardise(x, mean, variance, epsilon):
+    scale = lax.rsqrt(variance + epsilon)
+    return (x - _broadcast(mean, x)) * _broadcast(scale, x)
+
+
+def _broadcast(a, x):
+    """Moments and parameters may be of a wider dtype, and lack leading axes."""
+    return jnp.expand_dims(a, range(x.ndim - a.ndim)).astype(x.dtype)

@@ -1,0 +1,365 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._adjoint.jfb import JFBAdjoint
+from .._layer.deq import DEQ
+from .._solver.picard import Picard
+from .base import BatchNorm, Conv2d
+
+
+_leaky_relu = ft.partial(jax.nn.leaky_relu, negative_slope=0.1)
+_paper_layer = ft.partial(
+    DEQ, solver=Picard(rtol=0.0, atol=1e-4), adjoint=JFBAdjoint(), max_steps=50
+)
+
+
+class ConvEncoder(eqx.Module):
+    """Two convolutions with normalisation: an image to the input of the cell."""
+
+    convs: tuple[Conv2d, Conv2d]
+    norms: tuple[Callable, Callable]
+    pool: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        hidden_channels: int = 16,
+        out_channels: int = 32,
+        pool: int = 3,
+        norm: Callable[[int, bool], Callable] = BatchNorm,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_channels`: the number of channels of the image.
+        - `hidden_channels`: the number of channels after the first convolution.
+        - `out_channels`: the number of channels after the second.
+        - `pool`: the size of the windows of the max-pooling between the two.
+        - `norm`: makes a normalisation layer, as `norm(channels, affine)`.
+        - `key`: a `jax.random` key for the parameters.
+        """
+        keys = jr.split(key)
+        self.convs = (
+            Conv2d(in_channels, hidden_channels, 3, padding=1, key=keys[0]),
+            Conv2d(hidden_channels, out_channels, 3, padding=1, key=keys[1]),
+        )
+        self.norms = norm(hidden_channels, True), norm(out_channels, True)
+        self.pool = pool
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width in_channels"],
+        state: eqx.nn.State | None = None,
+    ) -> tuple[
+        Float[Array, "*batch new_height new_width out_channels"], eqx.nn.State | None
+    ]:
+        """**Arguments:**
+
+        - `x`: an image, or a batch of them.
+        - `state`: the Equinox state, if the normalisation has any.
+
+        **Returns:**
+
+        A pair of the features and the new state.
+        """
+        x, state = self.norms[0](self.convs[0](x), state)
+        x = _max_pool(_leaky_relu(x), self.pool)
+        x, state = self.norms[1](self.convs[1](x), state)
+        return _leaky_relu(x), state
+
+
+class ResidualCell(eqx.Module):
+    r"""A cell of residual blocks. It starts from $w = z + x$; each block does
+
+    $$w \leftarrow \text{norm}(w + \sigma(\sigma(K_2 * \sigma(K_1 * w))))$$
+
+    with biases and the leaky ReLU $\sigma$; and it returns $\gamma w$. The factor
+    $\gamma$ is meant to make it a contraction, but does not guarantee that.
+    """
+
+    blocks: tuple["_ResidualBlock", ...]
+    scale: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int = 32,
+        num_blocks: int = 2,
+        scale: float = 0.5,
+        norm: Callable[[int, bool], Callable] = BatchNorm,
+        *,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `channels`: the number of channels of the state.
+        - `num_blocks`: the number of residual blocks.
+        - `scale`: the factor $\gamma$.
+        - `norm`: makes a normalisation layer, as `norm(channels, affine)`; here without
+            parameters.
+        - `key`: a `jax.random` key for the parameters.
+        """
+        keys = jr.split(key, num_blocks)
+        self.blocks = tuple(_ResidualBlock(channels, norm, key=k) for k in keys)
+        self.scale = scale
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch height width channels"],
+        x: Float[Array, "*batch height width channels"],
+        state: eqx.nn.State | None = None,
+    ) -> Any:
+        """**Arguments:**
+
+        - `z`: the state, an image or a batch of them.
+        - `x`: the input, of the same shape.
+        - `state`: the Equinox state, if the normalisation has any.
+
+        **Returns:**
+
+        The new `z`, or with a `state` the pair of `z` and the new state.
+        """
+        w, new_state = z + x, state
+        for block in self.blocks:
+            w, new_state = block(w, new_state)
+        w = self.scale * w
+        return w if state is None else (w, new_state)
+
+
+class _ResidualBlock(eqx.Module):
+    convs: tuple[Conv2d, Conv2d]
+    norm: Callable
+
+    def __init__(self, channels, norm, *, key):
+        conv = ft.partial(Conv2d, channels, channels, 3, padding=1)
+        self.convs = conv(key=jr.fold_in(key, 0)), conv(key=jr.fold_in(key, 1))
+        self.norm = norm(channels, False)
+
+    def __call__(self, w, state):
+        hidden = _leaky_relu(self.convs[0](w))
+        return self.norm(w + _leaky_relu(_leaky_relu(self.convs[1](hidden))), state)
+
+
+class ConvHead(eqx.Module):
+    """A convolution, drop-out of whole channels, and a linear map to the classes."""
+
+    conv: Conv2d
+    dropout: eqx.nn.Dropout
+    weight: Float[Array, "features num_classes"]
+
+    def __init__(
+        self,
+        in_shape: tuple[int, int, int] = (9, 9, 32),
+        hidden_channels: int = 16,
+        num_classes: int = 10,
+        dropout: float = 0.2,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_shape`: the height, width and number of channels of the input.
+        - `hidden_channels`: the number of channels after the convolution.
+        - `num_classes`: the number of classes.
+        - `dropout`: the probability with which a channel is dropped.
+        - `key`: a `jax.random` key for the parameters.
+
+        **Raises:** a `ValueError` if the input is smaller than the 3 x 3 kernel.
+        """
+        height, width, channels = in_shape
+        if min(height, width) < 3:
+            raise ValueError(
+                "The head's input must be at least 3 pixels high and wide. Got "
+                f"{height} x {width}; use larger images or a smaller `pool`."
+            )
+        key_conv, key_weight = jr.split(key)
+        features = (height - 2) * (width - 2) * hidden_channels
+        bound = features**-0.5
+        self.conv = Conv2d(channels, hidden_channels, 3, key=key_conv)
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.weight = jr.uniform(
+            key_weight, (features, num_classes), minval=-bound, maxval=bound
+        )
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch height width channels"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch num_classes"]:
+        """**Arguments:**
+
+        - `z`: an image, or a batch of them.
+        - `key`: a `jax.random` key for the drop-out; not needed in inference mode.
+        """
+        y = _leaky_relu(self.conv(z))
+        mask = jnp.ones((*y.shape[:-3], 1, 1, y.shape[-1]), y.dtype)
+        y = y * self.dropout(mask, key=key)
+        return y.reshape(*z.shape[:-3], -1) @ self.weight
+
+
+class ImageClassifier(eqx.Module):
+    """An implicit layer between an encoder and a head.
+
+    With batch normalisation it takes a whole batch, which is then one state of the
+    layer. With a normalisation of each example it takes one image, as all of Equinox
+    does: put a `jax.vmap` around it.
+    """
+
+    encoder: Callable
+    layer: Callable
+    head: Callable
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        state: eqx.nn.State | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`: an image, or a batch of them.
+        - `state`: the Equinox state, if the normalisation has any.
+        - `key`: a `jax.random` key for the drop-out; not needed in inference mode.
+
+        **Returns:**
+
+        One logit for each class, or with a `state` the pair of the logits and the new
+        state.
+        """
+        features, new_state = self.encoder(x, state)
+        if state is None:
+            return self.head(self.layer(features), key=key)
+        z, new_state = self.layer(features, state=new_state)
+        return self.head(z, key=key), new_state
+
+
+ImageClassifier.__init__.__doc__ = """**Arguments:**
+
+- `encoder`: a callable `encoder(x, state) -> (features, state)`.
+- `layer`: a [`eqimplicit.DEQ`][], or a callable with its signature.
+- `head`: a callable `head(z, key=key) -> logits`.
+"""
+
+
+class OneStep(eqx.Module):
+    """The explicit counterpart of an [`eqimplicit.DEQ`][]: one application of the cell,
+    to zero. No equation is solved."""
+
+    cell: Callable
+
+    def __call__(
+        self, x: Array, z0: Array | None = None, *, state: eqx.nn.State | None = None
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`: the input.
+        - `z0`: what the cell is applied to, by default zeros like `x`.
+        - `state`: if given, an `equinox.nn.State`, and the cell is called as
+            `cell(z, x, state)`.
+
+        **Returns:**
+
+        What the cell returns.
+        """
+        z0 = jnp.zeros_like(x) if z0 is None else z0
+        return self.cell(z0, x) if state is None else self.cell(z0, x, state)
+
+
+OneStep.__init__.__doc__ = """**Arguments:**
+
+- `cell`: a callable `cell(z, x) -> z`.
+"""
+
+
+def jfb_mnist(
+    in_shape: tuple[int, int, int] = (28, 28, 1),
+    num_classes: int = 10,
+    channels: int = 32,
+    pool: int = 3,
+    norm: Callable[[int, bool], Callable] = BatchNorm,
+    layer: Callable[[ResidualCell], Callable] = _paper_layer,
+    *,
+    key: PRNGKeyArray,
+) -> ImageClassifier:
+    """The network that the JFB paper trains on MNIST, of 54,352 parameters.
+
+    The defaults are the paper's: batch normalisation, so that it takes whole batches,
+    and Picard iteration to an absolute tolerance of 1e-4 in at most 50 steps.
+
+    !!! example
+
+        ```python
+        make = eqx.nn.make_with_state(eqi.models.jfb_mnist)
+        net, state = make(key=key)
+        logits, state = net(images, state, key=key)  # images: (batch, 28, 28, 1)
+
+        # The same in explicit form, with the same parameters.
+        explicit = eqx.tree_at(
+            lambda n: n.layer, net, eqi.models.OneStep(net.layer.cell)
+        )
+
+        # One example at a time.
+        net = eqi.models.jfb_mnist(norm=eqi.models.GroupNorm, key=key)
+        logits = jax.vmap(lambda x, k: net(x, key=k))(images, keys)
+        ```
+
+    **Arguments:**
+
+    - `in_shape`: the height, width and number of channels of an image.
+    - `num_classes`: the number of classes.
+    - `channels`: the number of channels of the state. The encoder's first convolution
+        and the head's have half as many.
+    - `pool`: the size of the encoder's max-pooling; 1 for images as small as 8 x 8.
+    - `norm`: makes a normalisation layer, as `norm(channels, affine)`:
+        [`eqimplicit.models.BatchNorm`][] or [`eqimplicit.models.GroupNorm`][].
+    - `layer`: makes the layer from the cell; for example
+        `functools.partial(eqi.DEQ, solver=eqi.Anderson(1e-3, 1e-3))`, or
+        [`eqimplicit.models.OneStep`][] for the explicit network.
+    - `key`: a `jax.random` key for the parameters.
+
+    **Returns:**
+
+    An [`eqimplicit.models.ImageClassifier`][].
+
+    **Raises:** a `ValueError` if `channels` is odd, or if less than 3 x 3 pixels are
+    left after the pooling.
+
+    ??? cite "References"
+
+        ```bibtex
+        @inproceedings{fung2022jfb,
+            author = {Fung, Samy Wu and Heaton, Howard and Li, Qiuwei and McKenzie,
+                      Daniel and Osher, Stanley and Yin, Wotao},
+            title = {{JFB}: {J}acobian-Free Backpropagation for Implicit Networks},
+            booktitle = {AAAI Conference on Artificial Intelligence},
+            year = {2022},
+        }
+        ```
+    """
+    if channels % 2 != 0:
+        raise ValueError(f"`channels` must be even. Got {channels}.")
+    height, width, in_channels = in_shape
+    half = channels // 2
+    keys = jr.split(key, 3)
+    encoder = ConvEncoder(in_channels, half, channels, pool, norm, key=keys[0])
+    cell = ResidualCell(channels, norm=norm, key=keys[1])
+    latent_shape = (height // pool, width // pool, channels)
+    head = ConvHead(latent_shape, half, num_classes, key=keys[2])
+    return ImageClassifier(encoder, layer(cell), head)
+
+
+def _max_pool(x, size):
+    """Over windows that do not overlap; a maximum over axes has the faster gradient."""
+    height, width, channels = (x.shape[-3] // size, x.shape[-2] // size, x.shape[-1])
+    x = x[..., : height * size, : width * size, :]
+    x = x.reshape(*x.shape[:-3], height, size, width, size, channels)
+    return jnp.max(x, (-4, -2))
