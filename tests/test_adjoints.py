@@ -57,12 +57,18 @@ def gradient(args, g, adjoint, **kwargs):
     return jax.jit(jax.grad(loss))(args)
 
 
+@jax.jit
+def solution(args):
+    """The solution, the Jacobian there, and that with respect to the arguments."""
+    z = value(args, optx.ImplicitAdjoint())
+    return z, *(jax.jacobian(tanh_map, i)(z, args) for i in (0, 1))
+
+
 def linear_algebra(args, g, inverse):
     """The gradient by dense linear algebra at the exact solution."""
-    z = value(args, optx.ImplicitAdjoint())
-    jacobian = jax.jacobian(tanh_map)(z, args)
-    _, pull_back = jax.vjp(lambda args: tanh_map(z, args), args)
-    return pull_back(inverse(jacobian).T @ g)[0]
+    _, jacobian, jacobian_args = solution(args)
+    w = inverse(jacobian).T @ g
+    return jtu.tree_map(lambda J: jnp.tensordot(w, J, 1), jacobian_args)
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
@@ -243,9 +249,12 @@ def inner_product_with_the_exact_gradient(key, gamma, condition, adjoint, tol):
     return found @ exact / jnp.sqrt((found @ found) * (exact @ exact)), jacobian
 
 
-def inner_products(*args):
-    one = lambda key: inner_product_with_the_exact_gradient(key, *args)
-    return jax.jit(jax.vmap(one))(jr.split(jr.key(7), 100))
+@eqx.filter_jit
+def inner_products(gamma, condition, adjoint, tol):
+    one = lambda key: inner_product_with_the_exact_gradient(
+        key, gamma, condition, adjoint, tol
+    )
+    return jax.vmap(one)(jr.split(jr.key(7), 100))
 
 
 @pytest.mark.parametrize("tol", [1e-13, 1e-2])
@@ -254,6 +263,8 @@ def test_jfb_descends_where_its_theorem_says_so(gamma, condition, tol):
     # Theorem 3.1 of the JFB paper asks for kappa(M^T M) < 1 / gamma; Corollary 3.1 says
     # the same close to the fixed point.
     assert condition < 1 / gamma
+    arrays = (jnp.array(number) for number in (gamma, condition, tol))
+    gamma, condition, tol = arrays
     cosines, _ = inner_products(gamma, condition, eqi.JFBAdjoint(), tol)
     assert jnp.all(cosines > 0)
 
@@ -359,7 +370,7 @@ def test_toy_sensitivity_of_the_jfb_paper(name):
             assert abs(float(jax.grad(root)(jnp.array(d))) - slope) < 1e-6
 
 
-@pytest.mark.parametrize("solver", ["Picard", "Broyden", "Newton"])
+@pytest.mark.parametrize("solver", ["Broyden", "Newton"])
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_gradient_does_not_depend_on_the_solver(name, solver):
     args, g = problem()
@@ -398,30 +409,25 @@ def test_value_does_not_depend_on_differentiation(name):
 def test_value_is_the_documented_one(name):
     args, _ = problem()
     solver = eqi.Picard(0.0, 1e-2)
-    solution = value(args, optx.ImplicitAdjoint(), solver)
+    z = value(args, optx.ImplicitAdjoint(), solver)
     steps, damping = {"JFB": (1, 1.0), "Phantom": (5, 0.5)}.get(name, (0, 1.0))
     for _ in range(steps):
-        solution = damping * tanh_map(solution, args) + (1 - damping) * solution
+        z = damping * tanh_map(z, args) + (1 - damping) * z
     found = value(args, ADJOINTS[name](), solver)
-    assert jnp.allclose(found, solution, rtol=1e-13)
+    assert jnp.allclose(found, z, rtol=1e-13)
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_gradients_of_a_batch_are_those_of_its_examples(name):
     (weight, x), g = problem()
     xs = jnp.stack([x, 0.1 * x, -2 * x])
-    slope = jax.grad(lambda x: g @ value((weight, x), ADJOINTS[name]()))
-    together = jax.jit(jax.vmap(slope))(xs)
-    one = jax.jit(slope)
-    assert jnp.allclose(together, jnp.stack([one(x) for x in xs]), rtol=1e-10)
-    of_sum = jax.jit(
-        jax.grad(
-            lambda xs: jnp.sum(
-                jax.vmap(lambda x: g @ value((weight, x), ADJOINTS[name]()))(xs)
-            )
-        )
-    )
-    assert jnp.allclose(together, of_sum(xs), rtol=1e-10)
+    loss = lambda x: g @ value((weight, x), ADJOINTS[name]())
+    each = jax.jit(jax.vmap(jax.grad(loss)))(xs)
+    of_sum = jax.jit(jax.grad(lambda xs: jnp.sum(jax.vmap(loss)(xs))))(xs)
+    for i, x in enumerate(xs):
+        _, expected = linear_algebra((weight, x), g, INVERSES[name])
+        assert jnp.allclose(each[i], expected, rtol=1e-8)
+        assert jnp.allclose(of_sum[i], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
@@ -448,14 +454,19 @@ def test_zero_cotangent_gives_zero_gradient(adjoint):
     (weight, x), g = problem()
     xs = jnp.stack([x, -x])
 
-    def masked_loss(weight):
+    @jax.jit
+    @jax.grad
+    def masked_gradient(weight, mask):
         losses = jax.vmap(lambda x: g @ value((weight, x), adjoint))(xs)
-        return jnp.sum(jnp.where(jnp.array([True, False]), losses, 0.0))
+        return jnp.sum(jnp.where(mask, losses, 0.0))
 
-    alone = gradient((weight, x), g, adjoint)[0]
-    assert jnp.allclose(jax.jit(jax.grad(masked_loss))(weight), alone, rtol=1e-7)
-    zeros = gradient((weight, x), jnp.zeros(SIZE), adjoint)
-    assert all(jnp.all(leaf == 0) for leaf in jtu.tree_leaves(zeros))
+    first, second, both, none = (
+        masked_gradient(weight, jnp.array(mask))
+        for mask in ([True, False], [False, True], [True, True], [False, False])
+    )
+    assert jnp.all(none == 0)
+    assert jnp.linalg.norm(first) > 0.1
+    assert jnp.allclose(first + second, both, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
@@ -474,7 +485,8 @@ def test_pytree_states_and_closures_over_traced_parameters(name):
         return g @ jnp.concatenate([z["a"], z["b"][:, 0]])
 
     found = jax.jit(jax.grad(loss))((weight, x))
-    assert relative_error(found, gradient((weight, x), g, ADJOINTS[name]())) < 1e-10
+    expected = linear_algebra((weight, x), g, INVERSES[name])
+    assert relative_error(found, expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
@@ -489,16 +501,16 @@ def test_auxiliary_outputs_have_no_derivative(name):
         return g @ sol.value + sol.aux + sol.stats["residual"], sol.aux
 
     found, aux = jax.jit(jax.grad(loss, has_aux=True))(args)
-    z = value(args, optx.ImplicitAdjoint())
+    z, _, _ = solution(args)
     assert jnp.allclose(aux, jnp.sum(z**2), rtol=1e-10)
-    expected = gradient(args, g, ADJOINTS[name]())
+    expected = linear_algebra(args, g, INVERSES[name])
     assert relative_error(found, expected) < 1e-10
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize(
-    "name",
-    [n for n in ADJOINTS if n not in ("Implicit with LU", "Implicit with Neumann")],
+    "name, dtype",
+    [*((name, jnp.bfloat16) for name in ADJOINTS)]
+    + [("Implicit", jnp.float16), ("Implicit", jnp.float32), ("Phantom", jnp.float16)],
 )
 def test_low_precision_gradients_are_close_and_keep_their_dtype(name, dtype):
     args, g = problem(0.6)
@@ -588,13 +600,6 @@ def test_backward_solve_raises_only_on_demand():
         jax.block_until_ready(gradient(args, g, eqi.ImplicitAdjoint(short, throw=True)))
 
 
-@pytest.mark.parametrize("name", ADJOINTS)
-def test_no_host_callback_in_a_compiled_gradient(name):
-    args, g = problem()
-    text = compiled_text(jax.grad(lambda a: g @ value(a, ADJOINTS[name]())), args)
-    assert not CALLBACK.search(text)
-
-
 def test_throwing_puts_a_host_callback_into_the_gradient():
     args, g = problem()
     adjoint = eqi.ImplicitAdjoint(throw=True)
@@ -603,15 +608,17 @@ def test_throwing_puts_a_host_callback_into_the_gradient():
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
-def test_memory_of_a_gradient_does_not_grow_with_max_steps(name):
+def test_a_gradient_has_no_host_callback_and_flat_memory(name):
     args, g = problem()
 
-    def bytes_for(max_steps):
+    def compiled(max_steps):
         loss = lambda a: g @ value(a, ADJOINTS[name](), max_steps=max_steps)
-        compiled = jax.jit(jax.grad(loss)).lower(args).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return jax.jit(jax.grad(loss)).lower(args).compile()
 
-    assert bytes_for(10) == bytes_for(1000)
+    short, long = compiled(10), compiled(1000)
+    assert not CALLBACK.search(long.as_text())
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (short, long)]
+    assert memory[0] == memory[1]
 
 
 @pytest.mark.parametrize(
