@@ -220,12 +220,13 @@ class BatchNorm(eqx.Module):
         A pair of the normalised batch and the new state.
         """
         if self.inference:
-            mean, variance = state.get(self.statistics)
+            moments = state.get(self.statistics)
         else:
-            mean, variance = _moments(x, (0, 1, 2))
-            state = self._update(state, mean, variance, x.size // x.shape[-1])
-        y = _standardise(x, mean, variance, self.epsilon)
-        return _apply_affine(self.weight, self.bias, y), state
+            # Else XLA may compute the images anew for each of the sums over them.
+            x = lax.optimization_barrier(x)
+            moments = _moments(x, (0, 1, 2))
+            state = self._update(state, *moments, x.size // x.shape[-1])
+        return _normalise(x, moments, self.weight, self.bias, self.epsilon), state
 
     def _update(self, state, mean, variance, count):
         variance = variance * (count / max(count - 1, 1))
@@ -234,9 +235,8 @@ class BatchNorm(eqx.Module):
             new = lax.stop_gradient(new).reshape(-1).astype(old.dtype)
             return self.decay * old + (1 - self.decay) * new
 
-        mean_and_variance = state.get(self.statistics)
-        new = jtu.tree_map(update, mean_and_variance, (mean, variance))
-        return state.set(self.statistics, new)
+        old = state.get(self.statistics)
+        return state.set(self.statistics, jtu.tree_map(update, old, (mean, variance)))
 
 
 class GroupNorm(eqx.Module):
@@ -305,10 +305,12 @@ class GroupNorm(eqx.Module):
 
         A pair of the normalised images and `state`.
         """
-        y = x.reshape(*x.shape[:-1], self.groups, -1)
-        mean, variance = _moments(y, (-4, -3, -1))
-        y = _standardise(y, mean, variance, self.epsilon).reshape(x.shape)
-        return _apply_affine(self.weight, self.bias, y), state
+        grouped = self.groups, x.shape[-1] // self.groups
+        y = x.reshape(*x.shape[:-1], *grouped)
+        weight = None if self.weight is None else self.weight.reshape(grouped)
+        bias = None if self.bias is None else self.bias.reshape(grouped)
+        y = _normalise(y, _moments(y, (-4, -3, -1)), weight, bias, self.epsilon)
+        return y.reshape(x.shape), state
 
 
 def _affine_parameters(channels, affine, dtype):
@@ -317,21 +319,25 @@ def _affine_parameters(channels, affine, dtype):
     return jnp.ones(channels, dtype), jnp.zeros(channels, dtype)
 
 
-def _apply_affine(weight, bias, y):
-    return y if weight is None else y * _broadcast(weight, y) + _broadcast(bias, y)
-
-
 def _moments(x, axes):
     x = x.astype(accumulation_dtype(x.dtype))
     mean = jnp.mean(x, axes, keepdims=True)
     return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
 
 
-def _standardise(x, mean, variance, epsilon):
+def _normalise(x, moments, weight, bias, epsilon):
+    dtype = accumulation_dtype(x.dtype)
+    mean, variance = (_broadcast(a.astype(dtype), x) for a in moments)
+    # All factors as one, all summands as one: the gradient of the usual order of things
+    # has more sums over the batch, and takes twice as long.
     scale = lax.rsqrt(variance + epsilon)
-    return (x - _broadcast(mean, x)) * _broadcast(scale, x)
+    if weight is not None:
+        scale = scale * _broadcast(weight.astype(dtype), x)
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + _broadcast(bias.astype(dtype), x)
+    return (x.astype(dtype) * scale + shift).astype(x.dtype)
 
 
 def _broadcast(a, x):
-    """Moments and parameters may be of a wider dtype, and lack leading axes."""
-    return jnp.expand_dims(a, range(x.ndim - a.ndim)).astype(x.dtype)
+    return jnp.expand_dims(a, range(x.ndim - a.ndim))
