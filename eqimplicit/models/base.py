@@ -1,6 +1,7 @@
 """Channels-last building blocks that the architectures share."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._misc import accumulation_dtype
 
@@ -36,7 +37,7 @@ class Conv2d(eqx.Module):
         stride: int = 1,
         padding: int = 0,
         use_bias: bool = True,
-        dtype: DTypeLike | None = None,
+        dtype: Any = None,
         *,
         key: PRNGKeyArray,
     ):
@@ -187,7 +188,7 @@ class BatchNorm(eqx.Module):
         decay: float = 0.9,
         epsilon: float = 1e-5,
         inference: bool = False,
-        dtype: DTypeLike | None = None,
+        dtype: Any = None,
     ):
         r"""**Arguments:**
 
@@ -270,7 +271,7 @@ class GroupNorm(eqx.Module):
         affine: bool = True,
         groups: int = 4,
         epsilon: float = 1e-5,
-        dtype: DTypeLike | None = None,
+        dtype: Any = None,
     ):
         """**Arguments:**
 
