@@ -1,3 +1,4 @@
+from . import models as models
 from ._adjoint.implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._adjoint.jfb import JFBAdjoint as JFBAdjoint
 from ._adjoint.neumann import NeumannAdjoint as NeumannAdjoint

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.flatten_util as jfu
 import jax.lax as lax
 import jax.numpy as jnp
@@ -13,11 +14,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 from ._custom_types import Vector
 
 
-# Arrays may be traced, so that they are let through unchecked.
-_Number = (int, float, np.number)
-
-
-def state_dtype(tree: PyTree[Any]) -> jnp.dtype:
+def state_dtype(tree: PyTree[Any], remedy: str = "") -> jnp.dtype:
     """The one floating dtype that all leaves of a state share."""
     leaves = jtu.tree_leaves_with_path(tree)
     if sum(math.prod(leaf.shape) for _, leaf in leaves) == 0:
@@ -28,7 +25,8 @@ def state_dtype(tree: PyTree[Any]) -> jnp.dtype:
             raise ValueError(
                 "The state of a fixed-point problem must consist of real floating-point"
                 f" arrays, but leaf `state{jtu.keystr(path)}` has dtype {leaf.dtype}. "
-                "Convert it, or split a complex state into real and imaginary parts."
+                "Convert it, or split a complex state into real and imaginary parts. "
+                f"{remedy}"
             )
         if leaf.dtype != first.dtype:
             raise ValueError(
@@ -71,7 +69,8 @@ def two_norm(tree: PyTree[Array]) -> Float[Array, ""]:
     leaves = [x.astype(accumulation_dtype(x.dtype)) for x in jtu.tree_leaves(tree)]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves]))
     scale = lax.stop_gradient(jnp.where(largest > 0, largest, 1))
-    return scale * safe_sqrt(sum(jnp.sum(jnp.square(x / scale)) for x in leaves))
+    squares = [jnp.sum(jnp.square(x / scale)) for x in leaves]
+    return scale * safe_sqrt(jnp.sum(jnp.stack(squares)))
 
 
 def safe_sqrt(x: Float[Array, ""]) -> Float[Array, ""]:
@@ -98,21 +97,39 @@ def stop_gradient(tree: PyTree[Any]) -> PyTree[Any]:
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
 
 
 def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, _Number) and not value > 0:
+    _check_finite_number(name, value)
+    if _is_concrete(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{name}` must be positive. Got {value!r}.")
 
 
+def check_not_negative(name: str, value: Any) -> None:
+    _check_finite_number(name, value)
+    if _is_concrete(value) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"`{name}` must not be negative. Got {value!r}.")
+
+
 def check_tolerances(rtol: Any, atol: Any) -> None:
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, _Number) and not value >= 0:
-            raise ValueError(f"`{name}` must not be negative. Got {value!r}.")
-    if all(isinstance(tol, _Number) and tol == 0 for tol in (rtol, atol)):
+    check_not_negative("rtol", rtol)
+    check_not_negative("atol", atol)
+    if all(_is_concrete(tol) and np.any(np.asarray(tol) == 0) for tol in (rtol, atol)):
         raise ValueError(
             "`rtol` and `atol` must not both be zero: no solve could finish. Set at "
             "least one, e.g. `rtol=1e-4`."
         )
+
+
+def _is_concrete(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _check_finite_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+        raise TypeError(f"`{name}` must be a number or an array. Got {value!r}.")
+    if _is_concrete(value) and np.any(np.isposinf(np.asarray(value))):
+        raise ValueError(f"`{name}` must be finite. Got {value!r}.")

@@ -139,7 +139,7 @@ def make_layer(config: Config, cell: Any) -> eqi.DEQ:
     return eqi.DEQ(cell, solver, adjoints[config.adjoint], config.max_steps)
 
 
-def make_model(config: Config, image_shape: tuple[int, ...]) -> tuple[Any, Any]:
+def make_model(config: Config, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
     """A network, and its Equinox state if it has batch normalisation: then it takes the
     whole batch, as one state of the layer. Without a state it takes one image.
     """

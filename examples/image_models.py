@@ -30,8 +30,8 @@ class FlatEncoder(eqx.Module):
     def __call__(
         self, x: Float[Array, "height width channels"], state: None
     ) -> tuple[Float[Array, " size"], None]:
-        features, state = self.convolutions(x, state)
-        return self.linear(features.reshape(-1)), state
+        features, _ = self.convolutions(x, state)
+        return self.linear(features.reshape(-1)), None
 
 
 class LinearHead(eqx.Module):

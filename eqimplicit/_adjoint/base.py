@@ -1,10 +1,11 @@
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
+import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -17,6 +18,12 @@ from .._misc import all_finite, stop_gradient
 
 
 while_loop = ft.partial(eqxi.while_loop, kind="lax")
+_solver_types = (
+    optx.AbstractFixedPointSolver,
+    optx.AbstractRootFinder,
+    optx.AbstractLeastSquaresSolver,
+    optx.AbstractMinimiser,
+)
 
 
 def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: tuple[Any, ...]) -> None:
@@ -26,7 +33,9 @@ def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: tuple[Any, ...]) ->
     method or a minimiser, and a root-finding problem may have either sign. An adjoint
     that iterates on the rewritten problem would diverge, or return a wrong gradient.
     """
-    if not any(isinstance(x, optx.AbstractFixedPointSolver) for x in inputs):
+    # The first, since the arguments of the map may be a solver as well.
+    solver = next(x for x in inputs if isinstance(x, _solver_types))
+    if not isinstance(solver, optx.AbstractFixedPointSolver):
         name = type(adjoint).__name__
         raise ValueError(
             f"`{name}` needs a fixed-point problem that is solved by a fixed-point "
@@ -35,6 +44,44 @@ def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: tuple[Any, ...]) ->
             "`; for root-finding, least-squares and minimisation problems use "
             "`eqimplicit.ImplicitAdjoint`."
         )
+
+
+def check_uncoupled(jaxpr: jex.core.Jaxpr) -> None:
+    """Refuses maps that communicate along a mapped axis from outside, as batch
+    normalisation in training mode does under `vmap(..., axis_name=...)`: the examples'
+    equations are coupled then, but each would be solved and differentiated as if alone.
+    """
+    for axis in _named_axes(jaxpr, frozenset()):
+        raise ValueError(
+            f"The cell communicates along the mapped axis {axis!r}, as batch "
+            "normalisation does in training mode, so that the examples' equations are "
+            "coupled. Take the whole batch as one state, with the `vmap` inside the "
+            "cell; or freeze the statistics (inference mode); or use a normalisation "
+            "of each example, such as `equinox.nn.GroupNorm`."
+        )
+
+
+# These know the name of an axis, but move nothing along it.
+_silent = {"axis_index", "pvary", "pcast"}
+
+
+def _named_axes(jaxpr: jex.core.Jaxpr, bound: frozenset[Any]) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _silent:
+            continue
+        inner = bound | frozenset(getattr(eqn.params.get("mesh"), "axis_names", ()))
+        for key in ("axes", "axis_name"):
+            axes = eqn.params.get(key, ())
+            axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+            # Integers are axes of arrays, and only mapped axes have names.
+            yield from (a for a in axes if not isinstance(a, int) and a not in bound)
+        for param in jtu.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(param):
+                yield from _named_axes(getattr(param, "jaxpr", param), inner)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))
 
 
 def attach_steps(
@@ -48,6 +95,7 @@ def attach_steps(
     """Solves without a derivative, then takes differentiable damped steps."""
     check_fixed_point(adjoint, inputs)
     root, residual = primal_fn(stop_gradient(inputs) + (while_loop,))
+    _check_rewritten(rewrite_fn, root, residual, inputs)
     steps = _DampedSteps(rewrite_fn, num_steps)
     damping, residual = stop_gradient((damping, residual))
     root = _once_differentiable(
@@ -73,7 +121,14 @@ def apply_implicit_rule(
     """
     name = None if exact else type(adjoint).__name__
     inputs = inputs + (while_loop,)
-    return _implicit(primal_fn, rewrite_fn, inputs, linear_solve, name)
+    root, residual = _implicit(primal_fn, rewrite_fn, inputs, linear_solve, name)
+    _check_rewritten(rewrite_fn, root, residual, inputs)
+    return root, residual
+
+
+def _check_rewritten(rewrite_fn, root, residual, inputs):
+    jaxpr, _, _ = eqx.filter_make_jaxpr(rewrite_fn)(root, residual, inputs)
+    check_uncoupled(jaxpr.jaxpr)
 
 
 class _DampedSteps(eqx.Module):

@@ -8,7 +8,8 @@ from jaxtyping import Array, PyTree
 
 from .._linear_solver.gmres import GMRES
 from .._linear_solver.neumann_krylov import NeumannKrylov
-from .base import apply_implicit_rule, LinearSolve, negate_tags
+from .._linear_solver.neumann_series import NeumannSeries
+from .base import apply_implicit_rule, check_fixed_point, LinearSolve, negate_tags
 
 
 class ImplicitAdjoint(optx.AbstractAdjoint):
@@ -26,12 +27,14 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     compiled gradient otherwise; and a zero cotangent gives a zero gradient with any
     solver.
 
-    Accepts every problem of Optimistix, also root-finding, least-squares and
-    minimisation problems. The value is the solution, unchanged.
+    Accepts every problem of Optimistix whose unknowns are real, also root-finding,
+    least-squares and minimisation problems. The value is the solution, unchanged.
 
     Costs one linearisation of `f` and as many products with $J$ as the linear solver
     needs. Memory for one application and the solver's own. Forward mode and derivatives
-    of any order work. Auxiliary outputs and stats have no derivative.
+    of any order work (except with [`eqimplicit.NeumannSeries`][], which is not exact
+    and makes this [`eqimplicit.NeumannAdjoint`][]). Auxiliary outputs and stats have no
+    derivative.
 
     !!! warning
 
@@ -61,8 +64,11 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     ) -> PyTree[Array]:
         # `tags` describe the Jacobian of the rewritten problem, J - I.
         linear_solve = LinearSolve(self.linear_solver, negate_tags(tags), self.throw)
+        exact = not isinstance(self.linear_solver, NeumannSeries)
+        if not exact:
+            check_fixed_point(self, inputs)
         return apply_implicit_rule(
-            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=True
+            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=exact
         )
 
 

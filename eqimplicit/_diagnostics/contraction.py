@@ -25,7 +25,9 @@ def contraction_factor(
 ) -> Float[Array, ""]:
     r"""Probes the Lipschitz constant of `fn` with random perturbations,
 
-    $$\frac{\sum_i \|f(y + n_i) - f(y)\|_2}{\sum_i \|n_i\|_2}.$$
+    $$\frac{\sum_i \|f(y + n_i) - f(y)\|_2}{\sum_i \|n_i\|_2},$$
+
+    with normal $n_i$ of the size of $y$ (of unit size, where that is zero).
 
     A lower bound, and often a weak one: random directions are seldom the worst. The JFB
     paper's check that a layer is a contraction while it trains. For the true constant
@@ -39,7 +41,7 @@ def contraction_factor(
     - `y`: a pytree of floating arrays.
     - `key`: for the perturbations.
     - `num_samples`: the number of perturbations.
-    - `scale`: the standard deviation of each entry of a perturbation.
+    - `scale`: the size of a perturbation relative to that of `y`.
 
     **Returns:**
 
@@ -49,11 +51,14 @@ def contraction_factor(
     check_positive("scale", scale)
     z, unravel = ravel(y)
     image, _ = ravel(fn(y))
+    size = two_norm(z) / z.size**0.5
+    size = jnp.where(size > 0, size, 1)
 
     def probe(key):
-        noise = jnp.asarray(scale, z.dtype) * jr.normal(key, z.shape, z.dtype)
-        moved, _ = ravel(fn(unravel(z + noise)))
-        return two_norm(moved - image), two_norm(noise)
+        noise = (scale * size).astype(z.dtype) * jr.normal(key, z.shape, z.dtype)
+        start = z + noise
+        moved, _ = ravel(fn(unravel(start)))
+        return two_norm(moved - image), two_norm(start - z)
 
     moved, noise = jax.lax.map(probe, jr.split(key, num_samples))
     return jnp.sum(moved) / jnp.sum(noise)
@@ -110,7 +115,7 @@ class ContractionMonitor(eqx.Module):
             f"the bound {self.bound:.3g}: it may have ceased to be a contraction.",
             stacklevel=2,
         )
-        if self.rescale is not None:
+        if self.rescale is not None and jnp.isfinite(factor):
             weights = self.rescale(cell)
             shrink = (self.bound / factor) ** (1 / len(jtu.tree_leaves(weights)))
             shrunk = jtu.tree_map(lambda w: shrink.astype(w.dtype) * w, weights)
@@ -130,7 +135,8 @@ ContractionMonitor.__init__.__doc__ = """**Arguments:**
 - `bound`: the largest factor to accept without a warning.
 - `rescale`: a function from the cell to a pytree of its weights, as for
     `equinox.tree_at`. When the bound is exceeded, each of them is multiplied by
-    `(bound / factor) ** (1 / number of weights)`. By default the cell is left alone.
+    `(bound / factor) ** (1 / number of weights)`, unless the factor is not finite. By
+    default the cell is left alone.
 - `num_samples`: the number of perturbations per call.
 
 **Raises:** a `ValueError` for a `bound` that is not positive or a `num_samples` below

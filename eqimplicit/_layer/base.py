@@ -1,8 +1,7 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -65,35 +64,3 @@ def check_same_structure(
                 f"{expected.dtype} in the state, and shape {out.shape} and dtype "
                 f"{out.dtype} in the output. {remedy}"
             )
-
-
-def check_uncoupled(name: str, jaxpr: jex.core.Jaxpr) -> None:
-    """Refuses maps that communicate along a mapped axis from outside, as batch
-    normalisation in training mode does under `vmap(..., axis_name=...)`: the examples'
-    equations are coupled then, but each would be solved and differentiated as if alone.
-    """
-    for axis in _named_axes(jaxpr):
-        raise ValueError(
-            f"`{name}` communicates along the mapped axis {axis!r}, as batch "
-            "normalisation does in training mode, so that the examples' equations are "
-            "coupled. Take the whole batch as one state, with the `vmap` inside "
-            f"`{name}`; or freeze the statistics (inference mode); or use a "
-            "normalisation of each example, such as `equinox.nn.GroupNorm`."
-        )
-
-
-def _named_axes(jaxpr: jex.core.Jaxpr) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "axis_index":
-            continue
-        for key in ("axes", "axis_name"):
-            axes = eqn.params.get(key, ())
-            axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-            yield from (axis for axis in axes if isinstance(axis, str))
-        for param in jtu.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(param):
-                yield from _named_axes(getattr(param, "jaxpr", param))
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))

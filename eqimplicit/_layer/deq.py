@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._adjoint.base import check_uncoupled
 from .._adjoint.implicit import ImplicitAdjoint
 from .._misc import state_dtype, stop_gradient
 from .._parametrisation.base import resolve
@@ -15,7 +16,6 @@ from .._solver.anderson import Anderson
 from .base import (
     check_same_structure,
     check_solve_arguments,
-    check_uncoupled,
     evaluate_cell,
 )
 
@@ -122,7 +122,8 @@ class DEQ(eqx.Module):
         shape and dtype, or if it communicates along a mapped axis.
         """
         z0 = self._initial_guess(x, z0)
-        state_dtype(z0)
+        remedy = "Pass `z0`, or an `init`, that matches what the cell returns."
+        state_dtype(z0, remedy)
         cell = resolve(self.cell)
 
         def fn(z, args):
@@ -132,9 +133,8 @@ class DEQ(eqx.Module):
 
         args = (cell, x, key, state)
         jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
-        remedy = "Pass `z0`, or an `init`, that matches what the cell returns."
         check_same_structure("cell", eqx.combine(*output), z0, remedy)
-        check_uncoupled("cell", jaxpr.jaxpr)
+        check_uncoupled(jaxpr.jaxpr)
         solution = optx.fixed_point(
             fn,
             self.solver,
@@ -154,8 +154,8 @@ class DEQ(eqx.Module):
 
     def _initial_guess(self, x, z0):
         if z0 is None:
-            init = ft.partial(jtu.tree_map, jnp.zeros_like)
-            z0 = init(x) if self.init is None else self.init(x)
+            zeros_like = ft.partial(jtu.tree_map, jnp.zeros_like)
+            z0 = zeros_like(x) if self.init is None else resolve(self.init)(x)
         return jtu.tree_map(jnp.asarray, z0)
 
 

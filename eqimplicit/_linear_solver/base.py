@@ -1,8 +1,10 @@
 import abc
 from typing import Any
 
+import jax.lax as lax
+import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, DTypeLike, PyTree
 
 from .._misc import all_finite
 
@@ -53,6 +55,14 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
 
     def assume_full_rank(self) -> bool:
         return True
+
+
+def tolerance_for(rtol: Any, atol: Any, size: Array, dtype: DTypeLike) -> Array:
+    """`atol + rtol * size`, with an `rtol` that products in `dtype` can reach."""
+    rtol, atol = lax.stop_gradient((rtol, atol))
+    reachable = 4 * float(jnp.finfo(dtype).eps)
+    rtol = jnp.maximum(jnp.asarray(rtol, size.dtype), reachable)
+    return jnp.asarray(atol, size.dtype) + rtol * size
 
 
 def result_of(

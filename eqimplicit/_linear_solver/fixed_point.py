@@ -1,12 +1,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._misc import check_positive_int
+from .._misc import check_positive_int, two_norm
 from .base import AbstractMatrixFreeSolver
 
 
@@ -18,8 +19,11 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     layer, solved as its forward equation was. [`eqimplicit.Picard`][] gives a Neumann
     series to a tolerance, [`eqimplicit.Anderson`][] a method close to GMRES.
 
+    The right-hand side is scaled to unit size first, so that the solver's tolerances
+    are relative to it.
+
     Costs one product with $A$ for each evaluation by the solver, counted by
-    `num_products`.
+    `num_products` if the solver counts them.
     """
 
     solver: optx.AbstractFixedPointSolver
@@ -39,6 +43,10 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         def fn(x, b):
             return jtu.tree_map(lambda bi, xi, axi: bi + xi - axi, b, x, operator.mv(x))
 
+        # Cotangents may be tiny: the solver's tolerances are for a vector of unit size.
+        size = two_norm(vector)
+        size = jnp.where(size > 0, size, 1)
+        vector = jtu.tree_map(lambda b: b / size.astype(b.dtype), vector)
         sol = optx.fixed_point(
             fn,
             self.solver,
@@ -56,7 +64,9 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
                 lx.RESULTS.breakdown,
             ),
         )
-        return sol.value, result, {"num_products": sol.stats["num_steps"]}
+        value = jtu.tree_map(lambda x: size.astype(x.dtype) * x, sol.value)
+        products = sol.stats.get("num_evaluations")
+        return value, result, {} if products is None else {"num_products": products}
 
 
 FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**

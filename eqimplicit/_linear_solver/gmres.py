@@ -17,7 +17,7 @@ from .._misc import (
     ravel,
     two_norm,
 )
-from .base import AbstractMatrixFreeSolver, result_of
+from .base import AbstractMatrixFreeSolver, result_of, tolerance_for
 
 
 class _Cycle(eqx.Module):
@@ -50,6 +50,9 @@ class GMRES(AbstractMatrixFreeSolver):
     Minimises $\|b - A x\|_2$ over a growing Krylov space. Stops as soon as the residual
     meets the tolerance, $\|b - A x\|_2 \le \text{atol} + \text{rtol} \|b\|_2$, also in
     the middle of a cycle, and needs no further product to confirm it or to restart.
+    (The residual is that of the recurrence, which can be below the true one by some
+    multiple of the precision of the numbers. A smaller `rtol` than four times that
+    precision is taken as four times it.)
 
     For systems that are not symmetric, in particular backward solves of maps that are
     not contractive. Where the map contracts well, the Neumann iteration of
@@ -96,8 +99,7 @@ class GMRES(AbstractMatrixFreeSolver):
             return image.astype(dtype)
 
         size = two_norm(b)
-        rtol, atol = lax.stop_gradient((self.rtol, self.atol))
-        tolerance = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
+        tolerance = tolerance_for(self.rtol, self.atol, size, b.dtype)
 
         def unfinished(state: _Progress | _Cycle) -> Bool[Array, ""]:
             in_time = state.num_products < self.max_steps

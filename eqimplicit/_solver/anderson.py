@@ -5,6 +5,7 @@ import optimistix as optx
 from jaxtyping import Array, Float
 
 from .._custom_types import Aux, Norm, Vector, Y
+from .._misc import check_not_negative
 from .base import AbstractSecantIteration
 
 
@@ -51,8 +52,7 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
     ridge: float | Float[Array, ""] = 1e-10
 
     def __check_init__(self):
-        if isinstance(self.ridge, (int, float)) and not self.ridge >= 0:
-            raise ValueError(f"`ridge` must not be negative. Got {self.ridge!r}.")
+        check_not_negative("ridge", self.ridge)
 
     def pick_test(self, step: Vector, change: Vector) -> Vector:
         del step

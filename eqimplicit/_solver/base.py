@@ -92,6 +92,11 @@ class AbstractFixedPointIteration(
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
+        if not callable(self.norm):
+            raise TypeError(
+                "`norm` must be a function from a pytree to a scalar, for example "
+                f"`optimistix.max_norm`. Got {self.norm!r}."
+            )
 
     @abc.abstractmethod
     def init_history(self, z: Vector) -> History:

@@ -40,6 +40,8 @@ class RootAsFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _RootState[Y]]):
     measured, and it has converged when that residual meets the tolerances of the root
     finder (whose own stopping rule is not used). `stats` holds this `residual`.
 
+    The `options` of the solve go to the root finder as they are.
+
     Costs what the root finder costs: for Newton's method with a dense Jacobian, a
     product with the Jacobian for each unknown and a factorisation a step. Right for
     stiff problems with few unknowns.

@@ -220,11 +220,15 @@ class BatchNorm(eqx.Module):
 
         A pair of the normalised batch and the new state.
         """
+        if x.ndim != 4 or state is None:
+            raise ValueError(
+                "`BatchNorm` takes a batch of images, of shape (batch, height, width, "
+                f"channels), and an Equinox state. Got shape {x.shape} and {state!r}. "
+                "For one image at a time use `GroupNorm`."
+            )
         if self.inference:
             moments = state.get(self.statistics)
         else:
-            # Else XLA may compute the images anew for each of the sums over them.
-            x = lax.optimization_barrier(x)
             moments = _moments(x, (0, 1, 2))
             state = self._update(state, *moments, x.size // x.shape[-1])
         return _normalise(x, moments, self.weight, self.bias, self.epsilon), state
