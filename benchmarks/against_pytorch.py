@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 
 NUM_STEPS, BATCH, LEARNING_RATE = 10, 100, 1e-4
@@ -33,9 +34,9 @@ def torch_worker(file, threads):
     and writes the seconds it took.
     """
     import numpy as np
-    import torch
-    import torch.nn as nn
-    import torch.nn.functional as F
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn as nn  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(threads)
     data = np.load(file)
@@ -133,6 +134,7 @@ def jax_side():
         max_steps=NUM_STEPS,
     )
     make = eqx.nn.make_with_state(models.jfb_mnist)
+    net: Any
     net, state = make(layer=layer, key=jr.key(0))
     images = jr.normal(jr.key(1), (BATCH, 28, 28, 1))
     labels = jr.randint(jr.key(2), (BATCH,), 0, 10)
@@ -183,7 +185,7 @@ def main(torch_python, rounds=40, threads=2):
     data, loss, jax_step = jax_side()
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "data.npz"
-        np.savez(file, **data)
+        np.savez(file, **data)  # pyright: ignore[reportArgumentType]
         worker = subprocess.Popen(
             [torch_python, __file__, "--worker", str(file), "--threads", str(threads)],
             stdin=subprocess.PIPE,
@@ -191,12 +193,13 @@ def main(torch_python, rounds=40, threads=2):
             text=True,
         )
         with worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            version = json.loads(worker.stdout.readline())
+            to_worker, from_worker = worker.stdin, worker.stdout
+            assert to_worker is not None and from_worker is not None
+            version = json.loads(from_worker.readline())
 
             def ask(command):
-                print(command, file=worker.stdin, flush=True)
-                return json.loads(worker.stdout.readline())
+                print(command, file=to_worker, flush=True)
+                return json.loads(from_worker.readline())
 
             difference = abs(ask("loss") - loss)
             assert difference < 1e-4, f"the networks differ: {difference}"

@@ -225,9 +225,9 @@ def additive_map(z, args):
     return gamma * jnp.sin(rotation @ z) + weight @ theta
 
 
-def inner_product_with_the_exact_gradient(key, gamma, condition, adjoint, tol):
-    """Between the gradients of a random quadratic loss with respect to `theta`, where
-    `weight @ weight.T` has the given condition number, for a random problem; with it the
+def cosine_with_the_exact_gradient(key, gamma, condition, adjoint, tol):
+    """The cosine between the gradients of a random quadratic loss with respect to
+    `theta`, where `weight @ weight.T` has the given condition number; with it the
     Jacobian of the map.
     """
     keys = jr.split(key, 5)
@@ -250,8 +250,8 @@ def inner_product_with_the_exact_gradient(key, gamma, condition, adjoint, tol):
 
 
 @eqx.filter_jit
-def inner_products(gamma, condition, adjoint, tol):
-    one = lambda key: inner_product_with_the_exact_gradient(
+def cosines_of_problems(gamma, condition, adjoint, tol):
+    one = lambda key: cosine_with_the_exact_gradient(
         key, gamma, condition, adjoint, tol
     )
     return jax.vmap(one)(jr.split(jr.key(7), 100))
@@ -265,7 +265,7 @@ def test_jfb_descends_where_its_theorem_says_so(gamma, condition, tol):
     assert condition < 1 / gamma
     arrays = (jnp.array(number) for number in (gamma, condition, tol))
     gamma, condition, tol = arrays
-    cosines, _ = inner_products(gamma, condition, eqi.JFBAdjoint(), tol)
+    cosines, _ = cosines_of_problems(gamma, condition, eqi.JFBAdjoint(), tol)
     assert jnp.all(cosines > 0)
 
 
@@ -294,7 +294,7 @@ def test_phantom_gradients_ascend_where_their_theorem_says_so(cls, num_terms, da
     # Theorem 1 of the phantom-gradient paper asks for |D (I - J) - I| < 1 / kappa^2;
     # for a truncated series D that norm is |B^k| <= (damping L + 1 - damping)^k.
     gamma, condition = 0.5, 5.0
-    cosines, jacobians = inner_products(
+    cosines, jacobians = cosines_of_problems(
         gamma, condition, cls(num_terms, damping), 1e-13
     )
     identity = jnp.eye(SIZE)
