@@ -81,7 +81,7 @@ def test_auxiliary_output_is_that_of_the_returned_iterate(name):
     assert jnp.array_equal(sol.aux["twice"], 2 * sol.value)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["Picard", "Anderson", "Broyden", "Newton"])
 def test_pytree_state_gives_the_iterates_of_the_flat_one(name):
     f, z0, args = contraction()
 
@@ -98,7 +98,7 @@ def test_pytree_state_gives_the_iterates_of_the_flat_one(name):
     assert jnp.allclose(join(tree.value), flat.value, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["Picard", "Anderson", "Broyden", "Newton"])
 def test_examples_of_a_batch_are_independent_bit_for_bit(name):
     f, z0, (weight, x) = contraction()
     easy, hard = jnp.zeros_like(x), jnp.full_like(x, 0.1)
@@ -135,7 +135,7 @@ def rootless(z, args):
 
 @pytest.mark.parametrize("max_steps", [100, 3000])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ITERATIONS)
+@pytest.mark.parametrize("name", ["Picard", "Anderson", "Broyden"])
 def test_divergence_never_reads_as_convergence(name, dtype, max_steps):
     dtype, tol = DTYPES[dtype]
     solver = SOLVERS[name](tol, tol)
