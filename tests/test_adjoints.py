@@ -646,3 +646,48 @@ def test_an_array_damping_is_not_trained():
 def test_implicit_adjoint_refuses_anything_but_a_linear_solver():
     with pytest.raises((TypeError, Exception), match="linear_solver"):
         eqi.ImplicitAdjoint(eqi.Anderson(1e-3, 1e-3))  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_examples_coupled_through_a_mapped_axis_are_refused(name):
+    (weight, x), _ = problem()
+    fn = lambda z, args: tanh_map(z, args) + 0.1 * jax.lax.pmean(z, "batch")
+    solve_one = lambda x: value((weight, x), ADJOINTS[name](), fn=fn)
+    with pytest.raises(ValueError, match="communicates along the mapped axis 'batch'"):
+        jax.vmap(solve_one, axis_name="batch")(jnp.stack([x, -x]))
+
+
+def test_an_axis_that_is_only_looked_at_is_not_refused():
+    (weight, x), _ = problem()
+    fn = lambda z, args: (
+        tanh_map(z, args) + 0.0 * jax.lax.axis_index("batch").astype(float)
+    )
+    solve_one = lambda x: value((weight, x), eqi.JFBAdjoint(), fn=fn)
+    found = jax.vmap(solve_one, axis_name="batch")(jnp.stack([x, -x]))
+    assert jnp.allclose(found[0], value((weight, x), eqi.JFBAdjoint()), atol=1e-12)
+
+
+def test_a_truncated_series_has_no_second_derivative_in_the_exact_adjoint_either():
+    (weight, x), g = problem()
+    adjoint = eqi.ImplicitAdjoint(eqi.NeumannSeries(2))
+    loss = lambda x: g @ value((weight, x), adjoint)
+    with pytest.raises(RuntimeError, match="Derivatives of a derivative"):
+        jax.jit(jax.hessian(loss))(x)
+
+
+def test_a_solver_as_the_arguments_does_not_deceive_the_guard():
+    fn = lambda z, solver: 5 * (z - solver.rtol)
+    newton = optx.Newton(1e-8, 1e-8)
+    with pytest.raises(ValueError, match="needs a fixed-point problem"):
+        optx.root_find(
+            fn, newton, jnp.zeros(2), eqi.Picard(1e-3, 1e-3), adjoint=eqi.JFBAdjoint()
+        )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 1e7])
+def test_backward_iteration_does_not_depend_on_the_scale_of_the_loss(scale):
+    args, g = problem()
+    solver = eqi.FixedPointLinearSolver(eqi.Anderson(1e-6, 1e-6))
+    found = gradient(args, scale * g, eqi.ImplicitAdjoint(solver))
+    expected = linear_algebra(args, scale * g, INVERSES["Implicit"])
+    assert relative_error(found, expected) < 1e-5

@@ -271,3 +271,10 @@ def test_drop_out_drops_whole_channels(getkey):
     assert jnp.all((counts == 0) | (counts == 18))
     assert 0.3 < jnp.mean(counts == 0) < 0.7
     assert jnp.all(eqx.filter_jit(eqx.nn.inference_mode(head))(z)[:, :8] == 9)
+
+
+def test_batch_norm_refuses_one_image_and_a_missing_state():
+    norm, state = eqx.nn.make_with_state(models.BatchNorm)(3)
+    for images, given in ((jnp.ones((4, 4, 3)), state), (jnp.ones((2, 4, 4, 3)), None)):
+        with pytest.raises(ValueError, match="takes a batch of images"):
+            norm(images, given)

@@ -434,3 +434,16 @@ def test_tiny_steps_do_not_overflow_half_precision(cls):
     sol = solve(f, cls(0.0, 1e-6), jnp.zeros(3, jnp.float16))
     assert jnp.all(jnp.isfinite(sol.value))
     assert sol.result == optx.RESULTS.successful
+
+
+def test_arrays_and_other_types_are_validated_too():
+    with pytest.raises(ValueError, match="`rtol` must not be negative"):
+        eqi.Picard(jnp.array(-1.0), jnp.array(1e-3))
+    with pytest.raises(ValueError, match="must not both be zero"):
+        eqi.Anderson(jnp.array(0.0), 0.0)
+    with pytest.raises(ValueError, match="`damping` must be positive"):
+        eqi.Broyden(1e-3, 1e-3, damping=jnp.array(-1.0))
+    with pytest.raises(ValueError, match="`rtol` must be finite"):
+        eqi.Picard(float("inf"), 1e-3)
+    # Jitted, values are not known; nothing is refused.
+    jax.jit(lambda tol: eqi.Picard(tol, tol).rtol)(jnp.array(-1.0))

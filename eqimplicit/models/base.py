@@ -209,16 +209,20 @@ class BatchNorm(eqx.Module):
         self.inference = inference
 
     def __call__(
-        self, x: Float[Array, "batch height width channels"], state: eqx.nn.State
+        self,
+        x: Float[Array, "*batch height width channels"],
+        state: eqx.nn.State | None,
     ) -> tuple[Float[Array, "batch height width channels"], eqx.nn.State]:
         """**Arguments:**
 
-        - `x`: a batch of images.
+        - `x`: a batch of images, of shape `(batch, height, width, channels)`.
         - `state`: the Equinox state that holds the running statistics.
 
         **Returns:**
 
         A pair of the normalised batch and the new state.
+
+        **Raises:** a `ValueError` if `x` is one image, or if there is no state.
         """
         if x.ndim != 4 or state is None:
             raise ValueError(
