@@ -17,6 +17,8 @@ CASES = {
     "pointwise": (1, 0, 1, (4, 4, 3)),
     "wide padding": (1, 3, 3, (4, 5, 2)),
     "strided with a rest": (3, 0, 2, (7, 9, 2)),
+    # With as many channels as these it is a product of matrices on the CPU.
+    "matmul": (1, 2, 3, (4, 5, 16)),
 }
 
 
@@ -127,6 +129,7 @@ def test_batches_are_examples(getkey):
         expected = jax.jit(vjp)(single, x[i], ct[i])
         actual = jax.tree.map(lambda leaf: leaf[i], own)
         assert eqx.tree_equal(actual, expected, rtol=1e-12, atol=1e-12)
+    assert conv.bias is not None
     assert jnp.allclose(tangents, batched - conv.bias[None, None, None], rtol=1e-12)
 
 
@@ -157,10 +160,26 @@ def test_keeps_its_fast_form_inside_loops(getkey):
         _, forward = jax.linearize(of_weight, x)
         return lax.fori_loop(0, 15, lambda _, z: forward(transpose(of_weight(z))[0]), x)
 
-    lines = compiled_text(loop, x, conv.weight).splitlines()
-    forms = [line for line in lines if " convolution(" in line]
+    text = compiled_text(loop, x, conv.weight)
+    assert text is not None
+    forms = [line for line in text.splitlines() if " convolution(" in line]
     assert len(forms) >= 3
     assert all("dim_labels=b01f_01io->b01f" in line for line in forms)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form on the CPU")
+def test_a_product_of_matrices_is_in_the_loop(getkey):
+    conv = Conv2d(16, 16, 3, padding=1, dtype=jnp.float32, key=getkey())
+    x = jr.normal(getkey(), (4, 9, 9, 16), jnp.float32)
+
+    def loop(x):
+        _, transpose = jax.vjp(conv, x)
+        return lax.fori_loop(0, 15, lambda _, z: transpose(conv(z))[0], x)
+
+    text = compiled_text(loop, x)
+    assert text is not None
+    assert text.count(" dot(") == 2
+    assert " convolution(" not in text and " conditional(" not in text
 
 
 def test_parameters_are_uniform_in_the_fan_in(getkey):

@@ -18,6 +18,7 @@ _ranks: tuple[tuple[str, ...], ...] = (
     ("_linear_solver",),
     ("_adjoint",),
     ("_parametrisation",),
+    ("_nn",),
     ("_layer",),
     ("_regularisation", "_diagnostics"),
     ("models",),

@@ -1,4 +1,5 @@
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,7 +24,7 @@ def _count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _make_small(key, **kwargs):
+def _make_small(key, **kwargs) -> tuple[Any, eqx.nn.State]:
     return eqx.nn.make_with_state(_small)(key=key, **kwargs)
 
 
@@ -140,8 +141,8 @@ def test_statistics_are_updated_once_a_call(getkey):
     @eqx.filter_jit
     def run(net, state):
         features, after_encoder = net.encoder(x, _copy(state))
-        z = net.layer(features, state=_copy(after_encoder))[0]
-        _, expected = net.layer.cell(z, features, after_encoder)
+        solution = net.layer.solve(features, state=_copy(after_encoder))
+        _, expected = net.layer.cell(solution.state.iterate, features, after_encoder)
         _, actual = net(x, state, key=jr.key(0))
         w = net.encoder.convs[0](x)
         return expected, actual, jnp.mean(w, (0, 1, 2)), jnp.var(w, (0, 1, 2), ddof=1)

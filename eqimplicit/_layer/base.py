@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -43,6 +44,23 @@ def evaluate_cell(
     else:
         image, new_state = cell(z, x, clone(state), **keyword)
     return jtu.tree_map(jnp.asarray, image), new_state
+
+
+def keep_unchanged(
+    jaxpr: jex.core.Jaxpr, inputs: PyTree[Any], aux: PyTree[Any]
+) -> PyTree[Any]:
+    """Of the last outputs of a function, those that are inputs as they were put in.
+
+    Under `vmap` all that a loop carries is mapped, even if it never changes. But frozen
+    statistics, for example, are those of all examples.
+    """
+    arrays = jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))
+    given = {id(var): array for var, array in zip(jaxpr.invars, arrays)}
+    dynamic, static = eqx.partition(aux, eqx.is_array)
+    leaves, treedef = jtu.tree_flatten(dynamic)
+    variables = jaxpr.outvars[len(jaxpr.outvars) - len(leaves) :]
+    leaves = [given.get(id(var), leaf) for var, leaf in zip(variables, leaves)]
+    return eqx.combine(jtu.tree_unflatten(treedef, leaves), static)
 
 
 def check_same_structure(

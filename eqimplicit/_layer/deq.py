@@ -17,6 +17,7 @@ from .base import (
     check_same_structure,
     check_solve_arguments,
     evaluate_cell,
+    keep_unchanged,
 )
 
 
@@ -82,8 +83,8 @@ class DEQ(eqx.Module):
             key at every evaluation: drop-out masks are frozen within a solve.
         - `state`: if given, an `equinox.nn.State`, and the cell is called as
             `cell(z, x, state)`, and returns a pair of its output and a new state.
-            Every evaluation sees the old state; the new one is that of the evaluation
-            at the solution.
+            Every evaluation sees the old state; the new one is that of the last
+            evaluation of the solve, and has no derivative.
 
         **Returns:**
 
@@ -128,28 +129,29 @@ class DEQ(eqx.Module):
 
         def fn(z, args):
             cell, x, key, state = args
-            image, _ = evaluate_cell(cell, z, x, key, state)
-            return image
+            return evaluate_cell(cell, z, x, key, state)
 
         args = (cell, x, key, state)
         jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
-        check_same_structure("cell", eqx.combine(*output), z0, remedy)
+        image, _ = eqx.combine(*output)
+        check_same_structure("cell", image, z0, remedy)
         check_uncoupled(jaxpr.jaxpr)
         solution = optx.fixed_point(
             fn,
             self.solver,
             z0,
             args,
+            has_aux=True,
             max_steps=self.max_steps,
             adjoint=self.adjoint,
             throw=self.throw,
         )
-        if state is None:
-            return solution
-        fixed = stop_gradient((cell, solution.value, x, key, state))
-        _, new_state = evaluate_cell(*fixed)
+        new_state = keep_unchanged(jaxpr.jaxpr, (z0, args), solution.aux)
         return eqx.tree_at(
-            lambda s: s.aux, solution, new_state, is_leaf=lambda x: x is None
+            lambda s: s.aux,
+            solution,
+            stop_gradient(new_state),
+            is_leaf=lambda x: x is None,
         )
 
     def _initial_guess(self, x, z0):

@@ -1,13 +1,10 @@
+from .._nn.convolution import Conv2d as Conv2d
+from .._nn.normalisation import BatchNorm as BatchNorm, GroupNorm as GroupNorm
 from .base import (
-    BatchNorm as BatchNorm,
-    Conv2d as Conv2d,
-    GroupNorm as GroupNorm,
-)
-from .jfb import (
     ConvEncoder as ConvEncoder,
     ConvHead as ConvHead,
     ImageClassifier as ImageClassifier,
-    jfb_mnist as jfb_mnist,
     OneStep as OneStep,
     ResidualCell as ResidualCell,
 )
+from .jfb import jfb_mnist as jfb_mnist

@@ -1,352 +1,285 @@
-"""Channels-last building blocks that the architectures share."""
+"""Modules that take images with their channels last, one or any number at a time."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.custom_derivatives as jcd
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._misc import accumulation_dtype
+from .._nn.convolution import Conv2d
+from .._nn.normalisation import BatchNorm
 
 
-class Conv2d(eqx.Module):
-    """A two-dimensional convolution of images that have their channels last.
+_leaky_relu = ft.partial(jax.nn.leaky_relu, negative_slope=0.1)
 
-    Made for the cells of implicit layers. On the CPU, in the loop of a solver, XLA is
-    slow on convolutions that have their channels first, and slow on products with the
-    transposed Jacobian even if they are last. This layer takes as long inside a loop as
-    outside, forwards and backwards.
-    """
 
-    weight: Float[Array, "height width in_channels out_channels"]
-    bias: Float[Array, " out_channels"] | None
-    stride: int = eqx.field(static=True)
-    padding: int = eqx.field(static=True)
+class ConvEncoder(eqx.Module):
+    """Two convolutions with normalisation: an image to the input of the cell."""
+
+    convs: tuple[Conv2d, Conv2d]
+    norms: tuple[Callable, Callable]
+    pool: int = eqx.field(static=True)
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        use_bias: bool = True,
-        dtype: Any = None,
+        in_channels: int = 1,
+        hidden_channels: int = 16,
+        out_channels: int = 32,
+        pool: int = 3,
+        norm: Callable[[int, bool], Callable] = BatchNorm,
         *,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
 
-        - `in_channels`: the number of channels of the input.
-        - `out_channels`: the number of channels of the output.
-        - `kernel_size`: the height and width of the kernel.
-        - `stride`: the step of the kernel between two outputs.
-        - `padding`: the number of zeros to add on each of the four sides.
-        - `use_bias`: whether to add a bias to each channel.
-        - `dtype`: the dtype of the parameters, by default JAX's default float.
-        - `key`: a `jax.random` key for the parameters, uniform between
-            `±1 / sqrt(in_channels * kernel_size**2)`.
+        - `in_channels`: the number of channels of the image.
+        - `hidden_channels`: the number of channels after the first convolution.
+        - `out_channels`: the number of channels after the second.
+        - `pool`: the size of the windows of the max-pooling between the two.
+        - `norm`: makes a normalisation layer, as `norm(channels, affine)`.
+        - `key`: a `jax.random` key for the parameters.
         """
-        key_weight, key_bias = jr.split(key)
-        shape = (kernel_size, kernel_size, in_channels, out_channels)
-        bound = (in_channels * kernel_size**2) ** -0.5
-        uniform = ft.partial(jr.uniform, dtype=dtype, minval=-bound, maxval=bound)
-        self.weight = uniform(key_weight, shape)
-        self.bias = uniform(key_bias, (out_channels,)) if use_bias else None
-        self.stride = stride
-        self.padding = padding
+        keys = jr.split(key)
+        self.convs = (
+            Conv2d(in_channels, hidden_channels, 3, padding=1, key=keys[0]),
+            Conv2d(hidden_channels, out_channels, 3, padding=1, key=keys[1]),
+        )
+        self.norms = norm(hidden_channels, True), norm(out_channels, True)
+        self.pool = pool
 
     def __call__(
         self,
         x: Float[Array, "*batch height width in_channels"],
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch new_height new_width out_channels"]:
+        state: eqx.nn.State | None = None,
+    ) -> tuple[
+        Float[Array, "*batch new_height new_width out_channels"], eqx.nn.State | None
+    ]:
         """**Arguments:**
 
-        - `x`: an image, or any number of them along leading axes.
-        - `key`: ignored; as in all of Equinox.
-        """
-        del key
-        images = x.reshape(-1, *x.shape[-3:])
-        out = _convolve(self.stride, self.padding, images, self.weight)
-        if self.bias is not None:
-            out = out + _broadcast(self.bias, out)
-        return out.reshape(*x.shape[:-3], *out.shape[-3:])
-
-
-def _library(x, weight, padding, stride=1, dilation=1):
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        window_strides=(stride, stride),
-        padding=padding,
-        lhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _transpose(stride, padding, shape, y, weight):
-    """The transpose of a convolution with respect to images of the given shape."""
-    weight = jnp.swapaxes(jnp.flip(weight, (0, 1)), 2, 3)
-    size = weight.shape[0]
-    before = size - 1 - padding
-    pads = [
-        (before, n_in + size - 1 - before - (1 + (n_out - 1) * stride))
-        for n_in, n_out in zip(shape[1:3], y.shape[1:3])
-    ]
-    return _library(y, weight, pads, dilation=stride)
-
-
-# XLA's CPU backend brings convolutions into the form that it is fast on (channels last
-# in images, output channels last in kernels), but not those inside a loop. JAX's own
-# transpose of a convolution is not in that form: 20 to 50 times slower in a loop. So
-# write the transpose out.
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _convolve(stride, padding, x, weight):
-    return _library(x, weight, [(padding, padding)] * 2, stride)
-
-
-@ft.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(stride, padding, primals, tangents):
-    x, weight = primals
-    t_x, t_weight = tangents
-    out = _convolve(stride, padding, x, weight)
-    t_out = []
-    if not isinstance(t_x, jcd.SymbolicZero):
-        t_out.append(
-            _with_transpose(
-                lambda x: _convolve(stride, padding, x, weight),
-                lambda y: _transpose(stride, padding, x.shape, y, weight),
-                t_x,
-                out.shape,
-            )
-        )
-    if not isinstance(t_weight, jcd.SymbolicZero):
-        t_out.append(_library(x, t_weight, [(padding, padding)] * 2, stride))
-    return out, sum(t_out[1:], start=t_out[0])
-
-
-def _with_transpose(linear, transpose, x, out_shape):
-    """Applies the linear function $A$, with the given function as its transpose.
-
-    Such functions have no primitive of their own in JAX that can be mapped, but linear
-    solves have. This is one with a triangular system,
-
-    $$u = x, \\quad y - A u = 0.$$
-    """
-
-    def matvec(solution):
-        u, y = solution
-        return u, y - linear(u)
-
-    def solve(_, vector):
-        u, y = vector
-        return u, y + linear(u)
-
-    def transpose_solve(_, vector):
-        u, y = vector
-        return u + transpose(y), y
-
-    # Zero, but as a function of `x`: all of the right-hand side has to be linear in it.
-    zero = jnp.broadcast_to(jnp.sum(x[:0]), out_shape)
-    return lax.custom_linear_solve(matvec, (x, zero), solve, transpose_solve)[1]
-
-
-class BatchNorm(eqx.Module):
-    r"""Batch normalisation of images that have their channels last:
-
-    $$y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \varepsilon}} w + b$$
-
-    for each channel. In training mode the mean and variance are those over the batch
-    and all pixels, and the state is returned with new running statistics; in inference
-    mode they are the running statistics, and the state is returned unchanged.
-
-    Takes the whole batch, not one example under a `vmap` with an axis name: in training
-    mode the examples depend on each other, so in an implicit layer the batch must be
-    one state. (Through `equinox.nn.BatchNorm`, which has the channels first, gradients
-    took four times as long on the CPU.)
-    """
-
-    weight: Float[Array, " channels"] | None
-    bias: Float[Array, " channels"] | None
-    statistics: eqx.nn.StateIndex
-    decay: float = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
-    inference: bool
-
-    def __init__(
-        self,
-        channels: int,
-        affine: bool = True,
-        decay: float = 0.9,
-        epsilon: float = 1e-5,
-        inference: bool = False,
-        dtype: Any = None,
-    ):
-        r"""**Arguments:**
-
-        - `channels`: the number of channels.
-        - `affine`: whether there are a weight and a bias for each channel.
-        - `decay`: the weight of the old running statistics when new ones come in.
-        - `epsilon`: what is added to the variance.
-        - `inference`: whether to use the running statistics. Switch it with
-            `equinox.nn.inference_mode`.
-        - `dtype`: the dtype of the parameters and statistics, by default JAX's default
-            float.
-        """
-        self.weight, self.bias = _affine_parameters(channels, affine, dtype)
-        initial = jnp.zeros(channels, dtype), jnp.ones(channels, dtype)
-        self.statistics = eqx.nn.StateIndex(initial)
-        self.decay = decay
-        self.epsilon = epsilon
-        self.inference = inference
-
-    def __call__(
-        self,
-        x: Float[Array, "*batch height width channels"],
-        state: eqx.nn.State | None,
-    ) -> tuple[Float[Array, "batch height width channels"], eqx.nn.State]:
-        """**Arguments:**
-
-        - `x`: a batch of images, of shape `(batch, height, width, channels)`.
-        - `state`: the Equinox state that holds the running statistics.
+        - `x`: an image, or a batch of them.
+        - `state`: the Equinox state, if the normalisation has any.
 
         **Returns:**
 
-        A pair of the normalised batch and the new state.
-
-        **Raises:** a `ValueError` if `x` is one image, or if there is no state.
+        A pair of the features and the new state.
         """
-        if x.ndim != 4 or state is None:
-            raise ValueError(
-                "`BatchNorm` takes a batch of images, of shape (batch, height, width, "
-                f"channels), and an Equinox state. Got shape {x.shape} and {state!r}. "
-                "For one image at a time use `GroupNorm`."
-            )
-        if self.inference:
-            moments = state.get(self.statistics)
-        else:
-            moments = _moments(x, (0, 1, 2))
-            state = self._update(state, *moments, x.size // x.shape[-1])
-        return _normalise(x, moments, self.weight, self.bias, self.epsilon), state
-
-    def _update(self, state, mean, variance, count):
-        variance = variance * (count / max(count - 1, 1))
-
-        def update(old, new):
-            new = lax.stop_gradient(new).reshape(-1).astype(old.dtype)
-            return self.decay * old + (1 - self.decay) * new
-
-        old = state.get(self.statistics)
-        return state.set(self.statistics, jtu.tree_map(update, old, (mean, variance)))
+        x, state = self.norms[0](self.convs[0](x), state)
+        x = _leaky_relu(_max_pool(x, self.pool))
+        x, state = self.norms[1](self.convs[1](x), state)
+        return _leaky_relu(x), state
 
 
-class GroupNorm(eqx.Module):
-    """Group normalisation of images that have their channels last: as
-    [`eqimplicit.models.BatchNorm`][], but with the mean and variance over the pixels of
-    one image and a group of channels.
+class ResidualCell(eqx.Module):
+    r"""A cell of residual blocks. It starts from $w = z + x$; each block does
 
-    It leaves the examples of a batch independent, so that each may have a solve of its
-    own.
+    $$w \leftarrow \text{norm}(w + \sigma(\sigma(K_2 * \sigma(K_1 * w))))$$
 
-    ??? cite "References"
-
-        ```bibtex
-        @inproceedings{wu2018group,
-            author = {Wu, Yuxin and He, Kaiming},
-            title = {Group Normalization},
-            booktitle = {European Conference on Computer Vision},
-            year = {2018},
-        }
-        ```
+    with biases and the leaky ReLU $\sigma$; and it returns $\gamma w$. The factor
+    $\gamma$ is meant to make it a contraction, but does not guarantee that.
     """
 
-    weight: Float[Array, " channels"] | None
-    bias: Float[Array, " channels"] | None
-    groups: int = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
+    blocks: tuple["_ResidualBlock", ...]
+    scale: float = eqx.field(static=True)
 
     def __init__(
         self,
-        channels: int,
-        affine: bool = True,
-        groups: int = 4,
-        epsilon: float = 1e-5,
-        dtype: Any = None,
+        channels: int = 32,
+        num_blocks: int = 2,
+        scale: float = 0.5,
+        norm: Callable[[int, bool], Callable] = BatchNorm,
+        *,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `channels`: the number of channels of the state.
+        - `num_blocks`: the number of residual blocks.
+        - `scale`: the factor $\gamma$.
+        - `norm`: makes a normalisation layer, as `norm(channels, affine)`; here without
+            parameters.
+        - `key`: a `jax.random` key for the parameters.
+        """
+        keys = jr.split(key, num_blocks)
+        self.blocks = tuple(_ResidualBlock(channels, norm, key=k) for k in keys)
+        self.scale = scale
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch height width channels"],
+        x: Float[Array, "*batch height width channels"],
+        state: eqx.nn.State | None = None,
+    ) -> Any:
+        """**Arguments:**
+
+        - `z`: the state, an image or a batch of them.
+        - `x`: the input, of the same shape.
+        - `state`: the Equinox state, if the normalisation has any.
+
+        **Returns:**
+
+        The new `z`, or with a `state` the pair of `z` and the new state.
+        """
+        w, new_state = z + x, state
+        for block in self.blocks:
+            w, new_state = block(w, new_state)
+        w = self.scale * w
+        return w if state is None else (w, new_state)
+
+
+class _ResidualBlock(eqx.Module):
+    convs: tuple[Conv2d, Conv2d]
+    norm: Callable
+
+    def __init__(self, channels, norm, *, key):
+        conv = ft.partial(Conv2d, channels, channels, 3, padding=1)
+        self.convs = conv(key=jr.fold_in(key, 0)), conv(key=jr.fold_in(key, 1))
+        self.norm = norm(channels, False)
+
+    def __call__(self, w, state):
+        hidden = _leaky_relu(self.convs[0](w))
+        return self.norm(w + _leaky_relu(_leaky_relu(self.convs[1](hidden))), state)
+
+
+class ConvHead(eqx.Module):
+    """A convolution, drop-out of whole channels, and a linear map to the classes."""
+
+    conv: Conv2d
+    dropout: eqx.nn.Dropout
+    weight: Float[Array, "features num_classes"]
+
+    def __init__(
+        self,
+        in_shape: tuple[int, int, int] = (9, 9, 32),
+        hidden_channels: int = 16,
+        num_classes: int = 10,
+        dropout: float = 0.2,
+        *,
+        key: PRNGKeyArray,
     ):
         """**Arguments:**
 
-        - `channels`: the number of channels.
-        - `affine`: whether there are a weight and a bias for each channel.
-        - `groups`: the number of groups, a divisor of `channels`.
-        - `epsilon`: what is added to the variance.
-        - `dtype`: the dtype of the parameters, by default JAX's default float.
+        - `in_shape`: the height, width and number of channels of the input.
+        - `hidden_channels`: the number of channels after the convolution.
+        - `num_classes`: the number of classes.
+        - `dropout`: the probability with which a channel is dropped.
+        - `key`: a `jax.random` key for the parameters.
 
-        **Raises:** a `ValueError` if `groups` does not divide `channels`.
+        **Raises:** a `ValueError` if the input is smaller than the 3 x 3 kernel.
         """
-        if channels % groups != 0:
+        height, width, channels = in_shape
+        if min(height, width) < 3:
             raise ValueError(
-                f"`groups` must divide `channels`. Got {channels} channels and "
-                f"{groups} groups."
+                "The head's input must be at least 3 pixels high and wide. Got "
+                f"{height} x {width}; use larger images or a smaller `pool`."
             )
-        self.weight, self.bias = _affine_parameters(channels, affine, dtype)
-        self.groups = groups
-        self.epsilon = epsilon
+        key_conv, key_weight = jr.split(key)
+        features = (height - 2) * (width - 2) * hidden_channels
+        bound = features**-0.5
+        self.conv = Conv2d(channels, hidden_channels, 3, key=key_conv)
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.weight = jr.uniform(
+            key_weight, (features, num_classes), minval=-bound, maxval=bound
+        )
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch height width channels"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch num_classes"]:
+        """**Arguments:**
+
+        - `z`: an image, or a batch of them.
+        - `key`: a `jax.random` key for the drop-out; not needed in inference mode.
+        """
+        y = _leaky_relu(self.conv(z))
+        mask = jnp.ones((*y.shape[:-3], 1, 1, y.shape[-1]), y.dtype)
+        y = y * self.dropout(mask, key=key)
+        return y.reshape(*z.shape[:-3], -1) @ self.weight
+
+
+class ImageClassifier(eqx.Module):
+    """An implicit layer between an encoder and a head.
+
+    With batch normalisation it takes a whole batch, which is then one state of the
+    layer. With a normalisation of each example it takes one image, as all of Equinox
+    does: put a `jax.vmap` around it.
+    """
+
+    encoder: Callable
+    layer: Callable
+    head: Callable
 
     def __call__(
         self,
         x: Float[Array, "*batch height width channels"],
         state: eqx.nn.State | None = None,
-    ) -> tuple[Float[Array, "*batch height width channels"], eqx.nn.State | None]:
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
         """**Arguments:**
 
-        - `x`: an image, or any number of them along leading axes.
-        - `state`: passed on, so that this can take the place of a batch norm.
+        - `x`: an image, or a batch of them.
+        - `state`: the Equinox state, if the normalisation has any.
+        - `key`: a `jax.random` key for the drop-out; not needed in inference mode.
 
         **Returns:**
 
-        A pair of the normalised images and `state`.
+        One logit for each class, or with a `state` the pair of the logits and the new
+        state.
         """
-        grouped = self.groups, x.shape[-1] // self.groups
-        y = x.reshape(*x.shape[:-1], *grouped)
-        weight = None if self.weight is None else self.weight.reshape(grouped)
-        bias = None if self.bias is None else self.bias.reshape(grouped)
-        y = _normalise(y, _moments(y, (-4, -3, -1)), weight, bias, self.epsilon)
-        return y.reshape(x.shape), state
+        features, new_state = self.encoder(x, state)
+        if state is None:
+            return self.head(self.layer(features), key=key)
+        z, new_state = self.layer(features, state=new_state)
+        return self.head(z, key=key), new_state
 
 
-def _affine_parameters(channels, affine, dtype):
-    if not affine:
-        return None, None
-    return jnp.ones(channels, dtype), jnp.zeros(channels, dtype)
+ImageClassifier.__init__.__doc__ = """**Arguments:**
+
+- `encoder`: a callable `encoder(x, state) -> (features, state)`.
+- `layer`: a [`eqimplicit.DEQ`][], or a callable with its signature.
+- `head`: a callable `head(z, key=key) -> logits`.
+"""
 
 
-def _moments(x, axes):
-    x = x.astype(accumulation_dtype(x.dtype))
-    mean = jnp.mean(x, axes, keepdims=True)
-    return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+class OneStep(eqx.Module):
+    """The explicit counterpart of an [`eqimplicit.DEQ`][]: one application of the cell,
+    to zero. No equation is solved."""
+
+    cell: Callable
+
+    def __call__(
+        self, x: Array, z0: Array | None = None, *, state: eqx.nn.State | None = None
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`: the input.
+        - `z0`: what the cell is applied to, by default zeros like `x`.
+        - `state`: if given, an `equinox.nn.State`, and the cell is called as
+            `cell(z, x, state)`.
+
+        **Returns:**
+
+        What the cell returns.
+        """
+        z0 = jnp.zeros_like(x) if z0 is None else z0
+        return self.cell(z0, x) if state is None else self.cell(z0, x, state)
 
 
-def _normalise(x, moments, weight, bias, epsilon):
-    dtype = accumulation_dtype(x.dtype)
-    mean, variance = (_broadcast(a.astype(dtype), x) for a in moments)
-    # All factors as one, all summands as one: the gradient of the usual order of things
-    # has more sums over the batch, and takes twice as long.
-    scale = lax.rsqrt(variance + epsilon)
-    if weight is not None:
-        scale = scale * _broadcast(weight.astype(dtype), x)
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + _broadcast(bias.astype(dtype), x)
-    return (x.astype(dtype) * scale + shift).astype(x.dtype)
+OneStep.__init__.__doc__ = """**Arguments:**
+
+- `cell`: a callable `cell(z, x) -> z`.
+"""
 
 
-def _broadcast(a, x):
-    return jnp.expand_dims(a, range(x.ndim - a.ndim))
+def _max_pool(x, size):
+    """Over windows that do not overlap; maxima of slices have the faster gradient."""
+    height, width = x.shape[-3] // size, x.shape[-2] // size
+    x = x[..., : height * size, : width * size, :]
+    x = ft.reduce(jnp.maximum, [x[..., i::size, :, :] for i in range(size)])
+    return ft.reduce(jnp.maximum, [x[..., i::size, :] for i in range(size)])
