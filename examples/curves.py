@@ -24,8 +24,8 @@ def plot_curves(path: pathlib.Path, metrics: list[dict[str, Any]], title: str) -
         axes.set_title(text, loc="left", fontsize=10, color=_dark)
 
     draw(left, "loss", _accent)
-    left.set_yscale("log")
-    name(left, "training loss")
+    left.set_ylim(0, 1.15 * max(line["loss"] for line in metrics))
+    name(left, "training loss (labels smoothed)")
 
     draw(middle, "train_accuracy", _light, "training")
     draw(middle, "test_accuracy", _accent, "test")

@@ -11,7 +11,7 @@ from eqimplicit import models
 
 
 class TanhCell(eqx.Module):
-    """`z = tanh(W z + b + x)`, a layer of 64 units that feeds itself."""
+    """`z = tanh(W z + b + x)`, a dense layer that feeds itself."""
 
     linear: eqx.nn.Linear
 
@@ -50,11 +50,16 @@ def digits_classifier(
     layer: Callable[[Callable], Callable], *, key: PRNGKeyArray
 ) -> models.ImageClassifier:
     """For one image of 8 x 8 pixels: each image is an equation of its own."""
+    channels, size = 64, 128
     keys = jr.split(key, 4)
-    encoder = FlatEncoder(
-        models.ConvEncoder(pool=2, norm=models.GroupNorm, key=keys[0]),
-        eqx.nn.Linear(4 * 4 * 32, 64, key=keys[1]),
+    convolutions = models.ConvEncoder(
+        hidden_channels=channels // 2,
+        out_channels=channels,
+        pool=2,
+        norm=models.GroupNorm,
+        key=keys[0],
     )
-    cell = TanhCell(eqx.nn.Linear(64, 64, key=keys[2]))
-    head = LinearHead(eqx.nn.Dropout(0.2), eqx.nn.Linear(64, 10, key=keys[3]))
-    return models.ImageClassifier(encoder, layer(cell), head)
+    linear = eqx.nn.Linear(4 * 4 * channels, size, key=keys[1])
+    cell = TanhCell(eqx.nn.Linear(size, size, key=keys[2]))
+    head = LinearHead(eqx.nn.Dropout(0.2), eqx.nn.Linear(size, 10, key=keys[3]))
+    return models.ImageClassifier(FlatEncoder(convolutions, linear), layer(cell), head)
