@@ -5,6 +5,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.scipy as jsp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -200,13 +201,23 @@ def _finish(progress: _Progress, cycle: _Cycle) -> _Progress:
     weights = jsp.linalg.solve_triangular(triangle, weights)
     last = jnp.arange(restart + 1) == cycle.num_columns
     residual_weights = jnp.where(last, cycle.rotated, 0) @ cycle.rotation
-    return _Progress(
+    # Singular up to rounding, which in so large a step is as large as the residual.
+    eps = jnp.finfo(triangle.dtype).eps
+    step_size = two_norm(cycle.triangle) * two_norm(weights)
+    lost = 10 * eps * step_size > progress.residual
+    new = _Progress(
         solution=progress.solution + dot(weights, cycle.basis[:-1]),
         residual_vector=dot(residual_weights, cycle.basis),
         residual=cycle.residual,
         num_products=cycle.num_products,
         broken_down=cycle.broken_down,
     )
+    old = eqx.tree_at(
+        lambda p: (p.num_products, p.broken_down),
+        progress,
+        (cycle.num_products, jnp.array(True)),
+    )
+    return jtu.tree_map(lambda a, b: jnp.where(lost, a, b), old, new)
 
 
 GMRES.__init__.__doc__ = """**Arguments:**
