@@ -17,6 +17,11 @@ from ._diagnostics.spectrum import (
     spectral_radius as spectral_radius,
 )
 from ._layer.deq import DEQ as DEQ
+from ._layer.ode_block import ODEBlock as ODEBlock
+from ._layer.theta import (
+    stability_function as stability_function,
+    ThetaLayer as ThetaLayer,
+)
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from ._linear_solver.gmres import GMRES as GMRES
 from ._linear_solver.neumann_krylov import NeumannKrylov as NeumannKrylov

@@ -8,7 +8,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._misc import check_positive_int, clone
+from .._adjoint.base import check_uncoupled
+from .._misc import check_positive_int, clone, state_dtype, stop_gradient
 
 
 def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
@@ -46,7 +47,48 @@ def evaluate_cell(
     return jtu.tree_map(jnp.asarray, image), new_state
 
 
-def keep_unchanged(
+def solve_cell(
+    cell: Callable,
+    x: PyTree[Any],
+    z0: PyTree[Array],
+    *,
+    key: PRNGKeyArray | None = None,
+    state: eqx.nn.State | None = None,
+    solver: optx.AbstractFixedPointSolver,
+    adjoint: optx.AbstractAdjoint,
+    max_steps: int,
+    throw: bool,
+    remedy: str,
+) -> optx.Solution:
+    """Solves `z = cell(z, x)`. The `remedy` ends the message of an error about `z0`."""
+    state_dtype(z0, remedy)
+
+    def fn(z, args):
+        cell, x, key, state = args
+        return evaluate_cell(cell, z, x, key, state)
+
+    args = (cell, x, key, state)
+    jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
+    image, _ = eqx.combine(*output)
+    check_same_structure("cell", image, z0, remedy)
+    check_uncoupled(jaxpr.jaxpr)
+    solution = optx.fixed_point(
+        fn,
+        solver,
+        z0,
+        args,
+        has_aux=True,
+        max_steps=max_steps,
+        adjoint=adjoint,
+        throw=throw,
+    )
+    new_state = stop_gradient(_keep_unchanged(jaxpr.jaxpr, (z0, args), solution.aux))
+    return eqx.tree_at(
+        lambda s: s.aux, solution, new_state, is_leaf=lambda x: x is None
+    )
+
+
+def _keep_unchanged(
     jaxpr: jex.core.Jaxpr, inputs: PyTree[Any], aux: PyTree[Any]
 ) -> PyTree[Any]:
     """Of the last outputs of a function, those that are inputs as they were put in.

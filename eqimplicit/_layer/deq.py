@@ -8,17 +8,10 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._adjoint.base import check_uncoupled
 from .._adjoint.implicit import ImplicitAdjoint
-from .._misc import state_dtype, stop_gradient
 from .._parametrisation.base import resolve
 from .._solver.anderson import Anderson
-from .base import (
-    check_same_structure,
-    check_solve_arguments,
-    evaluate_cell,
-    keep_unchanged,
-)
+from .base import check_solve_arguments, solve_cell
 
 
 class DEQ(eqx.Module):
@@ -123,35 +116,17 @@ class DEQ(eqx.Module):
         shape and dtype, or if it communicates along a mapped axis.
         """
         z0 = self._initial_guess(x, z0)
-        remedy = "Pass `z0`, or an `init`, that matches what the cell returns."
-        state_dtype(z0, remedy)
-        cell = resolve(self.cell)
-
-        def fn(z, args):
-            cell, x, key, state = args
-            return evaluate_cell(cell, z, x, key, state)
-
-        args = (cell, x, key, state)
-        jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
-        image, _ = eqx.combine(*output)
-        check_same_structure("cell", image, z0, remedy)
-        check_uncoupled(jaxpr.jaxpr)
-        solution = optx.fixed_point(
-            fn,
-            self.solver,
+        return solve_cell(
+            resolve(self.cell),
+            x,
             z0,
-            args,
-            has_aux=True,
-            max_steps=self.max_steps,
+            key=key,
+            state=state,
+            solver=self.solver,
             adjoint=self.adjoint,
+            max_steps=self.max_steps,
             throw=self.throw,
-        )
-        new_state = keep_unchanged(jaxpr.jaxpr, (z0, args), solution.aux)
-        return eqx.tree_at(
-            lambda s: s.aux,
-            solution,
-            stop_gradient(new_state),
-            is_leaf=lambda x: x is None,
+            remedy="Pass `z0`, or an `init`, that matches what the cell returns.",
         )
 
     def _initial_guess(self, x, z0):
