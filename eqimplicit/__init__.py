@@ -13,15 +13,12 @@ from ._diagnostics.gradient import (
     GradientReport as GradientReport,
 )
 from ._diagnostics.spectrum import (
+    lipschitz_constant as lipschitz_constant,
     spectral_norm as spectral_norm,
     spectral_radius as spectral_radius,
 )
+from ._fp_resnet import FPResNet as FPResNet
 from ._layer.deq import DEQ as DEQ
-from ._layer.ode_block import ODEBlock as ODEBlock
-from ._layer.theta import (
-    stability_function as stability_function,
-    ThetaLayer as ThetaLayer,
-)
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from ._linear_solver.gmres import GMRES as GMRES
 from ._linear_solver.neumann_krylov import NeumannKrylov as NeumannKrylov
@@ -31,7 +28,43 @@ from ._parametrisation.base import (
     resolve as resolve,
 )
 from ._parametrisation.norm import WeightNorm as WeightNorm
+from ._parametrisation.spectrum import (
+    advance_spectral_norms as advance_spectral_norms,
+    BoundedSpectrum as BoundedSpectrum,
+    SpectralNorm as SpectralNorm,
+    with_spectral_norm as with_spectral_norm,
+)
+from ._regularisation import (
+    divergence as divergence,
+    divergence_and_frobenius as divergence_and_frobenius,
+    jacobian_diagonal as jacobian_diagonal,
+    jacobian_frobenius as jacobian_frobenius,
+    kinetic_penalty as kinetic_penalty,
+    total_derivative as total_derivative,
+    total_variation as total_variation,
+    trajectory_penalty as trajectory_penalty,
+)
+from ._residual.base import AbstractResidualLayer as AbstractResidualLayer
+from ._residual.explicit import (
+    LeapfrogLayer as LeapfrogLayer,
+    MidpointLayer as MidpointLayer,
+    RevNetLayer as RevNetLayer,
+    VerletLayer as VerletLayer,
+)
+from ._residual.hamiltonian import HamiltonianField as HamiltonianField
+from ._residual.ode_block import ODEBlock as ODEBlock
+from ._residual.runge_kutta import (
+    ButcherTableau as ButcherTableau,
+    RungeKuttaLayer as RungeKuttaLayer,
+)
+from ._residual.theta import (
+    stability_function as stability_function,
+    ThetaLayer as ThetaLayer,
+)
 from ._solver.anderson import Anderson as Anderson
+from ._solver.as_fixed_point import (
+    MinimiserAsFixedPoint as MinimiserAsFixedPoint,
+    RootAsFixedPoint as RootAsFixedPoint,
+)
 from ._solver.broyden import Broyden as Broyden
 from ._solver.picard import Picard as Picard
-from ._solver.root_as_fixed_point import RootAsFixedPoint as RootAsFixedPoint

@@ -20,6 +20,8 @@ _ranks: tuple[tuple[str, ...], ...] = (
     ("_parametrisation",),
     ("_nn",),
     ("_layer",),
+    ("_residual",),
+    ("_fp_resnet",),
     ("_regularisation", "_diagnostics"),
     ("models",),
     ("__init__",),

@@ -156,6 +156,63 @@ def test_steps_of_their_own_length(getkey):
     assert jnp.allclose(block.times(1.0), jnp.array([1.0, 1.1, 1.4, 1.6]), rtol=1e-15)
 
 
+@pytest.mark.parametrize("stacked", (False, True))
+def test_the_gradient_of_a_reversible_block_is_that_of_stored_states(stacked, getkey):
+    stored = _stacked(getkey(), 6)
+    if not stacked:
+        stored = eqi.ODEBlock(_layer(getkey()), 6)
+    block = eqi.ODEBlock(stored.layer, 6, stacked, reversible=True)
+    field = lambda t, y, args: args["rate"] * y * jnp.sin(t)
+    with_args = eqi.ODEBlock(
+        eqi.ThetaLayer(field, 0.5, 0.2, solver=block.layer.solver), 6, reversible=True
+    )
+    y, weights = jr.normal(getkey(), (2, 3))
+
+    def loss(point, block):
+        layer, y, t0, args = point
+        block = eqx.tree_at(lambda b: b.layer, block, layer)
+        return jnp.vdot(weights, block(y, t0, args))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    args = {"rate": jnp.array(0.7), "flag": 3, "unused": None}
+    for reversible in (block, with_args):
+        point = reversible.layer, y, jnp.array(0.3), args
+        other = eqi.ODEBlock(reversible.layer, 6, reversible.stacked)
+        actual, expected = gradient(point, reversible), gradient(point, other)
+        assert eqx.tree_equal(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_gradient_of_a_reversible_block_stores_no_states(getkey):
+    layer, y = _layer(getkey(), step_size=0.01), jr.normal(getkey(), (3,))
+
+    def memory(num_steps, reversible):
+        block = eqi.ODEBlock(layer, num_steps, reversible=reversible)
+        gradient = jax.jit(jax.grad(lambda y: jnp.sum(block(y))))
+        return gradient.lower(y).compile().memory_analysis().temp_size_in_bytes
+
+    # The times are an array of their own.
+    grown = memory(2000, True) - memory(20, True)
+    assert grown <= 4 * 8 * 2000
+    assert memory(2000, False) - memory(20, False) > 3 * grown
+
+
+def test_a_way_back_that_is_lost_gives_nan(getkey):
+    """Implicit Euler damps a stiff field, so that nothing is left to go back from."""
+    layer = eqi.ThetaLayer(lambda t, y, args: -50.0 * (y - args), 1.0, 0.1)
+    gradient = jax.jit(
+        jax.grad(
+            lambda y, a, reversible: eqi.ODEBlock(layer, 30, reversible=reversible)(
+                y, 0.0, a
+            ).sum(),
+            (0, 1),
+        ),
+        static_argnums=2,
+    )
+    y, args = jr.normal(getkey(), (3,)), jnp.array([0.3, 0.2, 0.1])
+    assert all(jnp.all(jnp.isnan(g)) for g in gradient(y, args, True))
+    assert all(jnp.all(jnp.isfinite(g)) for g in gradient(y, args, False))
+
+
 def test_bad_arguments_are_named(getkey):
     with pytest.raises(ValueError, match="num_steps"):
         eqi.ODEBlock(_layer(getkey()), 0)

@@ -375,7 +375,7 @@ def test_bad_history_sizes_are_refused(cls, history_size):
         cls(1e-3, 1e-3, history_size=history_size)
 
 
-def test_root_as_fixed_point_refuses_anything_but_a_root_finder():
+def test_as_fixed_point_refuses_anything_but_a_root_finder():
     with pytest.raises(TypeError, match="root_finder"):
         eqi.RootAsFixedPoint(optx.BFGS(1e-3, 1e-3))  # pyright: ignore
 

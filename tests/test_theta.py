@@ -177,6 +177,18 @@ _OTHERS = {
     "Anderson and exact": (eqi.Anderson(0.0, 1e-12), eqi.ImplicitAdjoint()),
     "Picard and Neumann": (eqi.Picard(0.0, 1e-12), eqi.NeumannAdjoint(40)),
     "Picard and unrolled": (eqi.Picard(0.0, 1e-12), optx.RecursiveCheckpointAdjoint()),
+    "L-BFGS and exact": (
+        eqi.MinimiserAsFixedPoint(optx.LBFGS(1e-12, 1e-12)),
+        eqi.ImplicitAdjoint(),
+    ),
+    "conjugate gradients and exact": (
+        eqi.MinimiserAsFixedPoint(optx.NonlinearCG(1e-12, 1e-12)),
+        eqi.ImplicitAdjoint(),
+    ),
+    "gradient descent and exact": (
+        eqi.MinimiserAsFixedPoint(optx.GradientDescent(0.3, 1e-12, 1e-12)),
+        eqi.ImplicitAdjoint(),
+    ),
     "Newton and stock": (
         eqi.RootAsFixedPoint(optx.Newton(1e-12, 1e-12)),
         optx.ImplicitAdjoint(),
@@ -202,6 +214,16 @@ def test_other_solvers_and_adjoints(name, getkey):
     # A first-order approximation drops terms of the order of h squared.
     tolerance = 0.05 if "JFB" in name else 1e-5
     assert eqx.tree_equal(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_a_minimum_that_is_no_solution_is_not_a_success():
+    """`y = 1 + y + y^2` has no real solution."""
+    solver = eqi.MinimiserAsFixedPoint(optx.BFGS(1e-6, 1e-6))
+    layer = eqi.ThetaLayer(lambda t, y, args: y**2 + 1, 1.0, 1.0, solver=solver)
+    solution = eqx.filter_jit(layer.solve)(jnp.array([0.5]))
+    assert solution.result != optx.RESULTS.successful
+    # But it is a minimum, of `|1 + y^2|`, so that nothing was found that is better.
+    assert solution.stats["residual"] > 0.9
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16, jnp.float16))

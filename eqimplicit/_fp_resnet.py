@@ -1,0 +1,147 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import optimistix as optx
+from jaxtyping import PyTree
+
+from ._adjoint.neumann import NeumannAdjoint
+from ._custom_types import Y
+from ._misc import check_positive
+from ._parametrisation.spectrum import BoundedSpectrum
+from ._residual.ode_block import ODEBlock
+from ._residual.theta import ThetaLayer
+from ._solver.picard import Picard
+
+
+class FPResNet(eqx.Module):
+    r"""A network of implicit residual layers that are contractions by construction, so
+    that Picard iteration solves each and the Neumann series differentiates it
+    (section 2.3 of the paper): no other solver is needed, and the number of evaluations
+    is known beforehand.
+
+    With a vector field $F$ that is $L$-Lipschitz in the Euclidean norm, the equation of
+    a [`eqimplicit.ThetaLayer`][] is a contraction with factor $q = \theta h L$, which
+    must be below one. Then after $k$ evaluations
+
+    $$\|f(z_k) - z_k\| \le q^{k-1} \|f(z_1) - z_1\|$$
+
+    and the gradient of $k$ terms has a relative error of at most $q^k$ in the cotangent
+    of the solution.
+
+    !!! example
+
+        ```python
+        mlp = eqi.with_spectral_norm(eqx.nn.MLP(2, 2, 16, 2, key=key), key=key)
+        field = MyField(mlp)  # calls `mlp(y)`; 1-Lipschitz with `jax.nn.relu`
+        net = eqi.FPResNet(field, num_steps=10, theta=0.5, step_size=1.0)
+        ```
+
+    Costs, per layer, at most `max_evaluations(residual)` evaluations of the field, and
+    `num_terms - 1` products with its transposed Jacobian for a gradient.
+
+    ??? cite "References"
+
+        ```bibtex
+        @article{reshniak2021robust,
+            author = {Reshniak, Viktor and Webster, Clayton G.},
+            title = {Robust Learning with Implicit Residual Networks},
+            journal = {Machine Learning and Knowledge Extraction},
+            volume = {3},
+            number = {1},
+            pages = {34--55},
+            year = {2021},
+        }
+        ```
+    """
+
+    block: ODEBlock
+    contraction: float = eqx.field(static=True)
+    tolerance: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vector_field: Callable,
+        num_steps: int,
+        theta: float = 0.5,
+        step_size: float = 1.0,
+        *,
+        lipschitz: float | None = None,
+        tolerance: float = 1e-6,
+        stacked: bool = False,
+        throw: bool = False,
+    ):
+        r"""**Arguments:**
+
+        - `vector_field`: a callable, as a rule a Module,
+            `vector_field(t, y, args) -> dy/dt`.
+        - `num_steps`: the number of layers.
+        - `theta`, `step_size`: $\theta$ and $h$, Python numbers.
+        - `lipschitz`: the Lipschitz constant $L$ that the field has by construction; by
+            default 1, for an [`eqimplicit.BoundedSpectrum`][]
+            $\max(|\alpha|, |\beta|)$. It is not checked:
+            [`eqimplicit.lipschitz_constant`][] estimates it.
+        - `tolerance`: to which residual, absolute and in the Euclidean norm, a layer is
+            solved, and the relative error of its gradient.
+        - `stacked`: whether every layer has parameters of its own, so that every array
+            of the field has a leading axis of length `num_steps`.
+        - `throw`: whether to raise an error, at run time, if a solve has not finished.
+
+        **Raises:** a `ValueError` if $\theta h L$ is not below one, and as
+        [`eqimplicit.ThetaLayer`][] and [`eqimplicit.ODEBlock`][].
+        """
+        check_positive("tolerance", tolerance)
+        if lipschitz is None and isinstance(vector_field, BoundedSpectrum):
+            lipschitz = float(max(abs(vector_field.alpha), abs(vector_field.beta)))
+        self.contraction = theta * step_size * (1.0 if lipschitz is None else lipschitz)
+        self.tolerance = tolerance
+        if not 0 <= self.contraction < 1:
+            raise ValueError(
+                "The layers must be contractions: `theta * step_size * lipschitz` must "
+                f"be below 1. Got {self.contraction}. Choose a smaller `step_size` or "
+                "`theta`, bound the weights more tightly (the `bound` of "
+                "`eqimplicit.with_spectral_norm`) and say so by `lipschitz`, or use an "
+                "`eqimplicit.ThetaLayer`, which needs no contraction."
+            )
+        # A solve may start from a residual of a million.
+        solver = Picard(0.0, tolerance, norm=optx.two_norm)
+        layer = ThetaLayer(
+            vector_field,
+            theta,
+            step_size,
+            solver=solver,
+            adjoint=NeumannAdjoint(max(1, self._num_factors(1.0))),
+            max_steps=self.max_evaluations(1e6),
+            throw=throw,
+        )
+        self.block = ODEBlock(layer, num_steps, stacked)
+
+    def _num_factors(self, size):
+        """How many contractions reduce the size to the tolerance."""
+        if size <= self.tolerance or self.contraction == 0:
+            return int(size > self.tolerance)
+        return math.ceil(math.log(self.tolerance / size) / math.log(self.contraction))
+
+    def max_evaluations(self, residual: float) -> int:
+        r"""The a-priori bound on the number of evaluations of a solve, given the
+        residual $\|f(z_1) - z_1\|_2$ of its initial guess. (A solve of more than a
+        million in residual may stop before, and says so.)
+        """
+        return 1 + max(0, self._num_factors(residual)) + 1
+
+    def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
+        """As [`eqimplicit.ODEBlock`][], of which `block` is one: it has the trajectory
+        and the statistics.
+
+        **Arguments:**
+
+        - `y0`: the initial state, a pytree of floating arrays of one dtype.
+        - `t0`: the initial time.
+        - `args`: passed to the vector field.
+
+        **Returns:**
+
+        The state after the last layer.
+        """
+        return self.block(y0, t0, args)

@@ -1,0 +1,382 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ._misc import check_positive_int, ravel
+from ._residual.ode_block import ODEBlock
+
+
+def divergence_and_frobenius(
+    fn: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 1,
+    probe: Callable = jr.rademacher,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    r"""Estimates, from the same products, the trace and the squared Frobenius norm of
+    the Jacobian $J$ of `fn` at `y`, by Hutchinson's estimators: with random probes $v$
+    whose entries have mean zero and variance one,
+
+    $$\operatorname{tr} J = \mathbb{E}[v^\top J v], \qquad
+    \|J\|_F^2 = \mathbb{E}[\|v^\top J\|_2^2]$$
+
+    Both are unbiased. With $S = (J + J^\top) / 2$ and $n$ samples, the standard error
+    of the trace is $\sqrt{2 \|S\|_F^2 / n}$ for Gaussian probes and
+    $\sqrt{2 (\|S\|_F^2 - \sum_i S_{ii}^2) / n}$ for Rademacher probes: never more, and
+    zero if $J$ is diagonal. That of the norm is the same with
+    $S = J J^\top$.
+
+    Costs one linearisation of `fn` and `num_samples` products with $J^\top$.
+
+    **Arguments:**
+
+    - `fn`: a map `fn(y) -> y`.
+    - `y`: a pytree of floating arrays, the point at which to take the Jacobian.
+    - `key`: for the probes.
+    - `num_samples`: $n$, the number of probes.
+    - `probe`: `jax.random.rademacher` or `jax.random.normal`, or another function of a
+        key, a shape and a dtype.
+
+    **Returns:**
+
+    The two estimates, scalars.
+    """
+    check_positive_int("num_samples", num_samples)
+    point, unravel = ravel(y)
+    _, vjp = jax.vjp(lambda v: ravel(fn(unravel(v)))[0], point)
+
+    def sample(key):
+        v = probe(key, point.shape, point.dtype)
+        (product,) = vjp(v)
+        return jnp.vdot(product, v), jnp.vdot(product, product)
+
+    traces, squares = jax.vmap(sample)(jr.split(key, num_samples))
+    return jnp.mean(traces), jnp.mean(squares)
+
+
+def divergence(
+    fn: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 1,
+    probe: Callable = jr.rademacher,
+) -> Float[Array, ""]:
+    """Estimates the divergence of a field, the trace of the Jacobian of `fn` at `y`.
+    As a penalty it makes a field dissipative.
+
+    As [`eqimplicit.divergence_and_frobenius`][], of which it is the first part.
+    """
+    return divergence_and_frobenius(
+        fn, y, key=key, num_samples=num_samples, probe=probe
+    )[0]
+
+
+def jacobian_frobenius(
+    fn: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 1,
+    probe: Callable = jr.rademacher,
+) -> Float[Array, ""]:
+    """Estimates the squared Frobenius norm of the Jacobian of `fn` at `y`. As a penalty
+    it makes a field nearly constant around its trajectories, so that they are nearly
+    straight; of the cell of a [`eqimplicit.DEQ`][] it makes the solves short.
+
+    As [`eqimplicit.divergence_and_frobenius`][], of which it is the second part.
+    """
+    return divergence_and_frobenius(
+        fn, y, key=key, num_samples=num_samples, probe=probe
+    )[1]
+
+
+def jacobian_diagonal(
+    fn: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 1,
+    probe: Callable = jr.normal,
+) -> PyTree[Array]:
+    r"""Estimates the diagonal of the Jacobian $J$ of `fn` at `y` (Algorithm 2 of the
+    paper): with random probes $v_k$, elementwise,
+
+    $$d = \frac{\sum_k v_k \odot J v_k}{\sum_k v_k \odot v_k}$$
+
+    (The paper prints a product where it divides.) Exact with any probe if $J$ is
+    diagonal; otherwise the error of each entry shrinks as $n^{-1/2}$. Its variance
+    for $n$ Rademacher probes is $\sum_{j \ne i} J_{ij}^2 / n$.
+
+    Costs one linearisation of `fn` and `num_samples` products with $J$.
+
+    **Arguments:** as [`eqimplicit.divergence_and_frobenius`][].
+
+    **Returns:**
+
+    A pytree like `y`.
+
+    ??? cite "References"
+
+        ```bibtex
+        @article{bekas2007estimator,
+            author = {Bekas, Costas and Kokiopoulou, Effrosyni and Saad, Yousef},
+            title = {An Estimator for the Diagonal of a Matrix},
+            journal = {Applied Numerical Mathematics},
+            volume = {57},
+            number = {11},
+            pages = {1214--1229},
+            year = {2007},
+        }
+        ```
+    """
+    check_positive_int("num_samples", num_samples)
+    point, unravel = ravel(y)
+    _, product = jax.linearize(lambda v: ravel(fn(unravel(v)))[0], point)
+
+    def sample(key):
+        v = probe(key, point.shape, point.dtype)
+        return v * product(v), v * v
+
+    numerators, denominators = jax.vmap(sample)(jr.split(key, num_samples))
+    return unravel(jnp.sum(numerators, axis=0) / jnp.sum(denominators, axis=0))
+
+
+def total_variation(stacked: PyTree[Any]) -> Float[Array, ""]:
+    r"""The squared differences of the parameters of consecutive layers,
+    $\sum_k \|\gamma_k - \gamma_{k-1}\|_2^2$. As a penalty it makes stacked layers a
+    field that varies slowly in time.
+
+    Costs two passes over the parameters.
+
+    **Arguments:**
+
+    - `stacked`: a pytree whose floating arrays have a leading axis, one entry a layer;
+        all else in it is ignored. For a stacked [`eqimplicit.ODEBlock`][], its
+        `layer.vector_field`.
+
+    **Returns:**
+
+    A scalar, zero for a single layer.
+    """
+    leaves = [x for x in jtu.tree_leaves(stacked) if _is_floating(x)]
+    return sum(
+        (jnp.sum(jnp.square(jnp.diff(leaf, axis=0))) for leaf in leaves), jnp.zeros(())
+    )
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def trajectory_penalty(
+    block: ODEBlock,
+    trajectory: PyTree[Array],
+    t0: Any = 0.0,
+    args: PyTree[Any] = None,
+    *,
+    key: PRNGKeyArray,
+    divergence_weight: float | Float[Array, ""] = 0.0,
+    jacobian_weight: float | Float[Array, ""] = 0.0,
+    variation_weight: float | Float[Array, ""] = 0.0,
+    power: float = 0.0,
+    detach: bool = False,
+    num_samples: int = 1,
+    probe: Callable = jr.rademacher,
+) -> Float[Array, ""]:
+    r"""The penalty of the paper on the field $F$ of a block along a trajectory $y_t$ of
+    $T$ steps and $d$ unknowns (equation (20)):
+
+    $$\frac 1 T \left( \sideset{}{'}\sum_{t=0}^T \left[ \frac{\alpha_{div}}{d}
+    \left( \frac t T \right)^p \nabla \cdot F(y_t)
+    + \frac{\alpha_{jac}}{d^2} \left\| \frac{\partial F}{\partial y}(y_t) \right\|_F^2
+    \right] + \frac{\alpha_{TV}}{T} \sum_{t=1}^T \|\gamma_t - \gamma_{t-1}\|^2 \right)$$
+
+    where the prime halves the first and the last term. The first part rewards
+    dissipation, the more the later; the second makes the field constant around the
+    trajectory; the third makes the parameters of stacked layers vary slowly. The
+    divergence and the norm are estimated from the same products.
+
+    At `y_t` the field is that of the step that starts there; at the last one, of the
+    last step. (The paper's equation (23) divides the third part by $T$ once only.)
+
+    Costs a linearisation of $F$ and `num_samples` products for each state, as a batch.
+
+    **Arguments:**
+
+    - `block`: the block.
+    - `trajectory`: what its `trajectory` returned, for one example.
+    - `t0`, `args`: what that was called with.
+    - `key`: for the probes.
+    - `divergence_weight`, `jacobian_weight`, `variation_weight`: $\alpha_{div}$,
+        $\alpha_{jac}$ and $\alpha_{TV}$. What has the Python number zero for its weight
+        is not computed.
+    - `power`: $p$; $0^0$ is one.
+    - `detach`: whether to stop the gradient through the states, so that only the field
+        there is penalised, as the paper's code does.
+    - `num_samples`, `probe`: as [`eqimplicit.divergence_and_frobenius`][].
+
+    **Returns:**
+
+    A scalar.
+
+    **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states.
+    """
+    states = _states(block, trajectory, detach)
+    steps, size = block.num_steps, ravel(jtu.tree_map(lambda x: x[0], states))[0].size
+
+    def at(t, y, key):
+        field = lambda y: block.vector_field(t, y, args, t0)
+        return divergence_and_frobenius(
+            field, y, key=key, num_samples=num_samples, probe=probe
+        )
+
+    total = jnp.zeros(())
+    if not (_is_zero(divergence_weight) and _is_zero(jacobian_weight)):
+        keys = jr.split(key, steps + 1)
+        traces, squares = jax.vmap(at)(block.times(t0), states, keys)
+        dtype = traces.dtype
+        growth = jnp.linspace(0, 1, steps + 1, dtype=dtype) ** power
+        values = (
+            jnp.asarray(divergence_weight, dtype) / size * growth * traces
+            + jnp.asarray(jacobian_weight, dtype) / size**2 * squares
+        )
+        total = _trapezoid(values) / steps
+    if block.stacked and not _is_zero(variation_weight):
+        variation = total_variation(block.layer.vector_field)
+        total = total + variation_weight / steps**2 * variation
+    return total
+
+
+def kinetic_penalty(
+    block: ODEBlock,
+    trajectory: PyTree[Array],
+    t0: Any = 0.0,
+    args: PyTree[Any] = None,
+    *,
+    key: PRNGKeyArray,
+    kinetic_weight: float | Float[Array, ""] = 1.0,
+    jacobian_weight: float | Float[Array, ""] = 0.0,
+    detach: bool = False,
+    num_samples: int = 1,
+    probe: Callable = jr.rademacher,
+) -> Float[Array, ""]:
+    r"""The penalty of Finlay et al. on the field of a block along a trajectory, by the
+    trapezoidal rule with the block's times:
+
+    $$\alpha_K \int \|F(t, y(t))\|_2^2 \, dt
+    + \alpha_J \int \left\| \frac{\partial F}{\partial y}(t, y(t)) \right\|_F^2 dt$$
+
+    The first part makes trajectories straight, the second the field constant around
+    them.
+
+    Costs a linearisation of $F$ and `num_samples` products for each state, as a batch.
+
+    **Arguments:** as [`eqimplicit.trajectory_penalty`][], but
+
+    - `kinetic_weight`, `jacobian_weight`: $\alpha_K$ and $\alpha_J$.
+
+    **Returns:**
+
+    A scalar.
+
+    **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states.
+
+    ??? cite "References"
+
+        ```bibtex
+        @inproceedings{finlay2020train,
+            author = {Finlay, Chris and Jacobsen, Joern-Henrik and Nurbekyan, Levon and
+                      Oberman, Adam},
+            title = {How to Train Your Neural {ODE}: the World of {J}acobian and Kinetic
+                     Regularization},
+            booktitle = {International Conference on Machine Learning},
+            year = {2020},
+        }
+        ```
+    """
+    states, times = _states(block, trajectory, detach), block.times(t0)
+
+    def at(t, y, key):
+        field = lambda y: block.vector_field(t, y, args, t0)
+        value = ravel(field(y))[0]
+        square = jacobian_frobenius(
+            field, y, key=key, num_samples=num_samples, probe=probe
+        )
+        dtype = value.dtype
+        kinetic = jnp.asarray(kinetic_weight, dtype) * jnp.vdot(value, value)
+        return kinetic + jnp.asarray(jacobian_weight, dtype) * square
+
+    values = jax.vmap(at)(times, states, jr.split(key, len(times)))
+    return jnp.trapezoid(values, times.astype(values.dtype))
+
+
+def total_derivative(
+    vector_field: Callable, order: int
+) -> Callable[[Any, PyTree[Array], PyTree[Any]], PyTree[Array]]:
+    r"""The derivative $d^K y / dt^K$ of the solutions of $\dot y = F(t, y)$, as a
+    function of the time and the state. Its squared norm along a trajectory is the
+    penalty of Kelly et al.: matched to the order of a method it makes its steps
+    accurate, so that fewer do.
+
+    Costs $2^{K-1}$ evaluations of the field, by forward mode in forward mode.
+
+    **Arguments:**
+
+    - `vector_field`: a callable `vector_field(t, y, args) -> dy/dt`.
+    - `order`: $K$, at least 1; with 1 it is the vector field.
+
+    **Returns:**
+
+    A function of `t`, `y` and `args`, as the vector field.
+
+    ??? cite "References"
+
+        ```bibtex
+        @inproceedings{kelly2020learning,
+            author = {Kelly, Jacob and Bettencourt, Jesse and Johnson, Matthew J and
+                      Duvenaud, David K},
+            title = {Learning Differential Equations that are Easy to Solve},
+            booktitle = {Advances in Neural Information Processing Systems},
+            year = {2020},
+        }
+        ```
+    """
+    check_positive_int("order", order)
+    if order == 1:
+        return vector_field
+    lower = total_derivative(vector_field, order - 1)
+
+    def derivative(t, y, args=None):
+        dtype = jtu.tree_leaves(y)[0].dtype
+        t = jnp.asarray(t, dtype)
+        velocity = jnp.ones_like(t), vector_field(t, y, args)
+        return jax.jvp(lambda t, y: lower(t, y, args), (t, y), velocity)[1]
+
+    return derivative
+
+
+def _states(block, trajectory, detach):
+    lengths = {len(leaf) for leaf in jtu.tree_leaves(trajectory)}
+    if lengths != {block.num_steps + 1}:
+        raise ValueError(
+            f"`trajectory` must have num_steps + 1 = {block.num_steps + 1} states along"
+            f" its leading axis. Got {sorted(lengths)}. For a batch of trajectories, "
+            "use `jax.vmap`."
+        )
+    return lax.stop_gradient(trajectory) if detach else trajectory
+
+
+def _is_zero(weight: Any) -> bool:
+    return isinstance(weight, int | float) and weight == 0
+
+
+def _trapezoid(values):
+    return jnp.sum(values) - (values[0] + values[-1]) / 2

@@ -1,0 +1,287 @@
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Y
+from .._misc import check_positive_int
+from .base import (
+    AbstractResidualLayer,
+    check_residual_layer,
+    initial_guess,
+    prepare,
+    SolveOptions,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ButcherTableau:
+    r"""The coefficients $A$, $b$ and $c$ of a Runge-Kutta method with $s$ stages, as
+    tuples of Python floats. Any method: explicit, diagonally or fully implicit.
+
+    **Arguments:**
+
+    - `a`: $A$, a tuple of rows.
+    - `b`: $b$, the weights, which sum to one.
+    - `c`: $c$, the nodes.
+
+    **Raises:** a `ValueError` if the sizes do not fit or the weights do not sum to one.
+    """
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+    def __post_init__(self):
+        stages = len(self.b)
+        if len(self.c) != stages or [len(row) for row in self.a] != [stages] * stages:
+            raise ValueError(
+                "`a` must be a square matrix of the size of `b` and `c`. Got "
+                f"a={self.a!r}, b={self.b!r}, c={self.c!r}."
+            )
+        if not math.isclose(sum(self.b), 1, rel_tol=1e-9):
+            raise ValueError(
+                f"`b` must sum to 1 for a consistent method. Got {self.b!r}."
+            )
+
+    @classmethod
+    def gauss_legendre(cls, num_stages: int) -> "ButcherTableau":
+        r"""The Gauss-Legendre method of order $2 s$. Symmetric, symplectic, A-stable;
+        with one stage it is the implicit midpoint rule.
+
+        **Arguments:**
+
+        - `num_stages`: $s$.
+        """
+        check_positive_int("num_stages", num_stages)
+        nodes, _ = np.polynomial.legendre.leggauss(num_stages)
+        return _collocation((nodes + 1) / 2)
+
+    @classmethod
+    def radau_iia(cls, num_stages: int) -> "ButcherTableau":
+        r"""The Radau IIA method of order $2 s - 1$. L-stable, its last stage is the new
+        state; with one stage it is the implicit Euler method.
+
+        **Arguments:**
+
+        - `num_stages`: $s$.
+        """
+        check_positive_int("num_stages", num_stages)
+        # Its nodes are the zeros of a difference of two Legendre polynomials.
+        polynomial = np.zeros(num_stages + 1)
+        polynomial[-2:] = [-1, 1]
+        nodes = np.sort(np.polynomial.legendre.legroots(polynomial).real)
+        nodes[-1] = 1
+        return _collocation((nodes + 1) / 2)
+
+    @classmethod
+    def sdirk(cls) -> "ButcherTableau":
+        r"""The singly diagonally implicit method with two stages, of order 2 and
+        L-stable.
+        """
+        gamma = 1 - 1 / math.sqrt(2)
+        return cls(((gamma, 0.0), (1 - gamma, gamma)), (1 - gamma, gamma), (gamma, 1.0))
+
+    def stability_function(self, z: Any) -> Any:
+        r"""What a step multiplies a solution of $\dot y = \lambda y$ with, for
+        $z = h \lambda$:
+
+        $$R(z) = \frac{\det(I - z A + z \mathbf{1} b^\top)}{\det(I - z A)}
+        = 1 + z b^\top (I - z A)^{-1} \mathbf{1}$$
+
+        **Arguments:**
+
+        - `z`: $h \lambda$, real or complex, a number or an array of any shape.
+
+        **Returns:**
+
+        $R(z)$, of the shape of `z`.
+        """
+        z = jnp.asarray(z)
+        a, b = (jnp.asarray(x, z.dtype) for x in (self.a, self.b))
+        eye = jnp.eye(len(b), dtype=z.dtype)
+
+        def at(point):
+            return 1 + point * (b @ jnp.linalg.solve(eye - point * a, jnp.ones_like(b)))
+
+        return jax.vmap(at)(z.reshape(-1)).reshape(z.shape)
+
+
+def _collocation(nodes: np.ndarray) -> ButcherTableau:
+    """Integrates, to each node and to one, the polynomials that are one at one node."""
+    powers = np.arange(len(nodes))
+    coefficients = np.linalg.inv(nodes[:, None] ** powers)
+    integrals = lambda x: x ** (powers + 1) / (powers + 1) @ coefficients
+    floats = lambda row: tuple(float(x) for x in row)
+    a = tuple(floats(integrals(node)) for node in nodes)
+    return ButcherTableau(a, floats(integrals(1.0)), floats(nodes))
+
+
+class RungeKuttaLayer(AbstractResidualLayer):
+    r"""A residual layer that is one step of any Runge-Kutta method for
+    $\dot y = F(t, y)$, with the slopes $k_i$ of its $s$ stages found together:
+
+    $$k_i = F\Big(t + c_i h, y + h \sum_j a_{ij} k_j\Big), \qquad
+    y' = y + h \sum_i b_i k_i$$
+
+    (equation (7) of the paper). If the state is a tuple of parts, each may have a
+    tableau of its own: a partitioned method, for Hamiltonian systems
+    ([`eqimplicit.HamiltonianField`][]).
+
+    Use it where the order 2 of [`eqimplicit.ThetaLayer`][] is too low for the steps
+    that the data allow: a learned field is then closer to the true one.
+
+    A step backwards solves the same equation with $a_{ij} - b_j$ instead of $a_{ij}$.
+
+    Costs those of the solver on $s$ times as many unknowns as the state has, with $s$
+    evaluations of $F$ (as a batch) for each of the equation.
+
+    ??? cite "References"
+
+        ```bibtex
+        @book{hairer1996solving,
+            author = {Hairer, Ernst and Wanner, Gerhard},
+            title = {Solving Ordinary Differential Equations {II}: Stiff and
+                     Differential-Algebraic Problems},
+            publisher = {Springer},
+            year = {1996},
+        }
+        ```
+    """
+
+    vector_field: Callable
+    tableau: ButcherTableau | tuple[ButcherTableau, ...] = eqx.field(static=True)
+    step_size: float | Float[Array, ""] = 1.0
+    solver: optx.AbstractFixedPointSolver | None = None
+    adjoint: optx.AbstractAdjoint | None = None
+    max_steps: int = eqx.field(default=50, static=True)
+    throw: bool = eqx.field(default=False, static=True)
+
+    def __check_init__(self):
+        check_residual_layer(self.vector_field, self.step_size)
+        if not all(isinstance(x, ButcherTableau) for x in _tableaux(self.tableau)):
+            raise TypeError(
+                "`tableau` must be a `eqimplicit.ButcherTableau`, or a tuple of them. "
+                f"Got {self.tableau!r}."
+            )
+        if len({len(x.b) for x in _tableaux(self.tableau)}) != 1:
+            raise ValueError(
+                "The tableaux of a partitioned method must have equally many stages. "
+                f"Got {self.tableau!r}."
+            )
+        SolveOptions(self.solver, self.adjoint, self.max_steps, self.throw)
+
+    def solve(
+        self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
+    ) -> optx.Solution:
+        return self._step(y, t, args, z0, forwards=True)
+
+    def invert(
+        self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
+    ) -> optx.Solution:
+        return self._step(y, t, args, z0, forwards=False)
+
+    def _step(self, y, t, args, z0, forwards):
+        field, y = prepare(self.vector_field, y, t, args)
+        tableaux = self._tableau_of_each_leaf(y)
+        h = self.step_size
+
+        def slope(new, leaf):
+            change = (new - leaf) / jnp.asarray(h if forwards else -h, leaf.dtype)
+            num_stages = len(_tableaux(self.tableau)[0].b)
+            return jnp.broadcast_to(change, (num_stages, *leaf.shape))
+
+        solution = SolveOptions(
+            self.solver, self.adjoint, self.max_steps, self.throw
+        ).solve(
+            _Stages(field, tuple(tableaux), forwards),
+            (y, t, h, args),
+            jtu.tree_map(slope, initial_guess(y, z0), y),
+        )
+        slopes = jtu.tree_leaves(solution.value)
+        leaves, treedef = jtu.tree_flatten(y)
+        weights = [jnp.asarray(x.b) for x in tableaux]
+        weights = weights if forwards else [-b for b in weights]
+        value = _increments(leaves, h, weights, slopes)
+        return eqx.tree_at(lambda s: s.value, solution, treedef.unflatten(value))
+
+    def _tableau_of_each_leaf(self, y):
+        if isinstance(self.tableau, ButcherTableau):
+            return [self.tableau] * len(jtu.tree_leaves(y))
+        if not isinstance(y, tuple) or len(y) != len(self.tableau):
+            raise ValueError(
+                f"With {len(self.tableau)} tableaux the state must be a tuple of "
+                f"{len(self.tableau)} parts. Got a state of the structure "
+                f"{jtu.tree_structure(y)}."
+            )
+        return [x for x, part in zip(self.tableau, y) for _ in jtu.tree_leaves(part)]
+
+
+RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**
+
+- `vector_field`: a callable, as a rule a Module, `vector_field(t, y, args) -> dy/dt`,
+    as in Diffrax.
+- `tableau`: a [`eqimplicit.ButcherTableau`][], for example
+    `eqi.ButcherTableau.gauss_legendre(2)`; or a tuple of them, with equally many
+    stages, for a state that is a tuple of as many parts.
+- `step_size`: $h$, in the units of `t`. A Python float, or a scalar array, which is
+    differentiated.
+- `solver`, `adjoint`, `max_steps`, `throw`: as for [`eqimplicit.ThetaLayer`][], for the
+    slopes.
+
+**Raises:** a `TypeError` for arguments of the wrong kind, a `ValueError` if `step_size`
+is not positive, if tableaux differ in their number of stages, or if `max_steps` is
+below 1.
+"""
+
+
+def _tableaux(tableau):
+    return tableau if isinstance(tableau, tuple) else (tableau,)
+
+
+def _increments(leaves, h, weights, slopes):
+    """Each leaf with its slopes added, as many times over as its weights say."""
+    return [
+        leaf
+        + jnp.asarray(h, leaf.dtype)
+        * jnp.tensordot(weight.astype(leaf.dtype), slope, axes=1)
+        for leaf, weight, slope in zip(leaves, weights, slopes)
+    ]
+
+
+class _Stages(eqx.Module):
+    """The right-hand side of the equations of the slopes."""
+
+    vector_field: Callable
+    tableaux: tuple[ButcherTableau, ...] = eqx.field(static=True)
+    forwards: bool = eqx.field(static=True)
+
+    def __call__(self, slopes, x):
+        y, t, h, args = x
+        leaves, treedef = jtu.tree_flatten(y)
+        matrices = [jnp.asarray(x.a) for x in self.tableaux]
+        if not self.forwards:
+            matrices = [
+                a - jnp.asarray(x.b)[None] for a, x in zip(matrices, self.tableaux)
+            ]
+
+        def field(nodes):
+            def at(c, slope_weights):
+                stage = _increments(leaves, h, slope_weights, jtu.tree_leaves(slopes))
+                return self.vector_field(t + c * h, treedef.unflatten(stage), args)
+
+            return jtu.tree_leaves(jax.vmap(at)(jnp.asarray(nodes), matrices))
+
+        # One evaluation serves all parts of the state whose stages share their times.
+        values = {x.c: field(x.c) for x in self.tableaux}
+        return jtu.tree_structure(slopes).unflatten(
+            [values[x.c][i] for i, x in enumerate(self.tableaux)]
+        )

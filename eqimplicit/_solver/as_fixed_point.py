@@ -1,0 +1,256 @@
+import abc
+from collections.abc import Callable
+from typing import Any, Generic
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, PyTree
+
+from .._custom_types import Aux, Norm, Y
+from .._misc import two_norm
+from .base import init_measurement, measure, Measurement
+
+
+class _InnerState(eqx.Module, Generic[Y]):
+    iterate: Y
+    measurement: Measurement
+    inner_state: PyTree[Any]
+
+
+class _Residual(eqx.Module):
+    """`g(z) = f(z) - z`, with `f(z)` itself in the auxiliary output."""
+
+    fn: Callable
+
+    def __call__(self, y, args):
+        image, aux = self.fn(y, args)
+        return jtu.tree_map(lambda a, b: a - b, image, y), (image, aux)
+
+
+class _SquaredNorm(eqx.Module):
+    """`|f(z) - z|^2`, with `f(z)` itself in the auxiliary output."""
+
+    fn: Callable
+
+    def __call__(self, y, args):
+        residual, aux = _Residual(self.fn)(y, args)
+        return two_norm(residual) ** 2, aux
+
+
+class _AbstractAsFixedPoint(
+    optx.AbstractFixedPointSolver[Y, Aux, _InnerState[Y]], Generic[Y, Aux]
+):
+    """Makes a fixed-point solver of an inner solver of another kind of problem."""
+
+    @property
+    @abc.abstractmethod
+    def inner(self) -> optx.AbstractIterativeSolver:
+        """The solver of the other problem."""
+
+    @abc.abstractmethod
+    def objective(self, fn: Callable) -> Callable:
+        """The other problem; its auxiliary output is `f(z)` and that of `f`."""
+
+    @abc.abstractmethod
+    def evaluate_and_step(
+        self, fn: Callable, y: Y, args: PyTree[Any], *rest: Any
+    ) -> tuple[tuple[PyTree[Array], Aux], Y, PyTree[Any]]:
+        """`f` and its auxiliary output at `y`, the next iterate and the inner state."""
+
+    @property
+    def rtol(self):
+        return self.inner.rtol
+
+    @property
+    def atol(self):
+        return self.inner.atol
+
+    @property
+    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.inner.norm
+
+    def init(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> _InnerState[Y]:
+        objective = self.objective(fn)
+        f_struct, aux_struct = eqx.filter_eval_shape(objective, y, args)
+        inner_state = self.inner.init(
+            objective, y, args, options, f_struct, aux_struct, tags
+        )
+        return _InnerState(y, init_measurement(y), inner_state)
+
+    def step(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _InnerState[Y],
+        tags: frozenset[object],
+    ) -> tuple[Y, _InnerState[Y], Aux]:
+        (image, aux), new_y, inner_state = self.evaluate_and_step(
+            fn, y, args, options, state.inner_state, tags
+        )
+        return new_y, _InnerState(y, measure(self, y, image), inner_state), aux
+
+    def terminate(
+        self,
+        fn: Callable,
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _InnerState[Y],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        _, inner_result = self.inner.terminate(
+            self.objective(fn), y, args, options, state.inner_state, tags
+        )
+        converged = state.measurement.converged
+        nonfinite = ~jnp.isfinite(state.measurement.residual)
+        result = optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, inner_result)
+        result = optx.RESULTS.where(converged, optx.RESULTS.successful, result)
+        return converged, result
+
+    def postprocess(
+        self,
+        fn: Callable,
+        y: Y,
+        aux: Aux,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _InnerState[Y],
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        _, _, stats = self.inner.postprocess(
+            self.objective(fn), y, aux, args, options, state.inner_state, tags, result
+        )
+        return state.iterate, aux, {**stats, "residual": state.measurement.residual}
+
+
+class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
+    r"""Makes a fixed-point solver of a root finder such as [`optimistix.Newton`][], by
+    feeding it $g(z) = f(z) - z$.
+
+    Optimistix accepts a root finder for a fixed-point problem as it is, but then hands
+    the adjoint a rewritten problem that [`eqimplicit.JFBAdjoint`][] and its relatives
+    cannot use. Wrapped, every adjoint sees the fixed-point problem.
+
+    As with the other solvers here, the solution is the last iterate whose residual was
+    measured, and it has converged when that residual meets the tolerances of the root
+    finder (whose own stopping rule is not used). `stats` holds this `residual`.
+
+    The `options` of the solve go to the root finder as they are.
+
+    Costs what the root finder costs: for Newton's method with a dense Jacobian, a
+    product with the Jacobian for each unknown and a factorisation a step. Right for
+    stiff problems with few unknowns.
+    """
+
+    root_finder: optx.AbstractRootFinder
+
+    # Explicit, since type checkers would take the properties above for fields.
+    def __init__(self, root_finder: optx.AbstractRootFinder):
+        """**Arguments:**
+
+        - `root_finder`: an [`optimistix.AbstractRootFinder`][], for example
+            `optimistix.Newton(rtol=1e-6, atol=1e-6)`. Its tolerances and norm are used.
+
+        **Raises:** a `TypeError` if `root_finder` is not a root finder.
+        """
+        if not isinstance(root_finder, optx.AbstractRootFinder):
+            raise TypeError(
+                "`root_finder` must be an `optimistix.AbstractRootFinder`, for example "
+                f"`optimistix.Newton(1e-6, 1e-6)`. Got {root_finder!r}."
+            )
+        self.root_finder = root_finder
+
+    @property
+    def inner(self) -> optx.AbstractRootFinder:
+        return self.root_finder
+
+    def objective(self, fn: Callable) -> Callable:
+        return _Residual(fn)
+
+    def evaluate_and_step(
+        self, fn: Callable, y: Y, args: PyTree[Any], *rest: Any
+    ) -> tuple[tuple[PyTree[Array], Aux], Y, PyTree[Any]]:
+        new_y, inner_state, image_and_aux = self.root_finder.step(
+            self.objective(fn), y, args, *rest
+        )
+        return image_and_aux, new_y, inner_state
+
+
+class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
+    r"""Makes a fixed-point solver of a minimiser such as [`optimistix.LBFGS`][], by
+    feeding it $\|f(z) - z\|_2^2$: how the paper of the implicit residual networks
+    solves its equation (15).
+
+    A gradient of the objective is a product with $(J - I)^\top$, so that its condition
+    number is the square of that of the equation. It needs no linear solve, and memory
+    for a few states; on stiff problems Newton's method
+    ([`eqimplicit.RootAsFixedPoint`][]) needs far fewer evaluations. A minimum where
+    $f(z) \neq z$ never counts as a solution.
+
+    As with the other solvers here, the solution is the last iterate whose residual was
+    measured, and it has converged when that residual meets the tolerances of the
+    minimiser (whose own stopping rule is not used). `stats` holds this `residual`.
+
+    Costs one evaluation of `f` a step besides those of the minimiser: for
+    [`optimistix.LBFGS`][] one, and one transposed product where it is accepted.
+
+    ??? cite "References"
+
+        ```bibtex
+        @article{reshniak2021robust,
+            author = {Reshniak, Viktor and Webster, Clayton G.},
+            title = {Robust Learning with Implicit Residual Networks},
+            journal = {Machine Learning and Knowledge Extraction},
+            volume = {3},
+            number = {1},
+            pages = {34--55},
+            year = {2021},
+        }
+        ```
+    """
+
+    minimiser: optx.AbstractMinimiser
+
+    def __init__(self, minimiser: optx.AbstractMinimiser):
+        """**Arguments:**
+
+        - `minimiser`: an [`optimistix.AbstractMinimiser`][], for example
+            `optimistix.LBFGS(rtol=1e-6, atol=1e-6)`. Its tolerances and norm are used.
+
+        **Raises:** a `TypeError` if `minimiser` is not a minimiser.
+        """
+        if not isinstance(minimiser, optx.AbstractMinimiser):
+            raise TypeError(
+                "`minimiser` must be an `optimistix.AbstractMinimiser`, for example "
+                f"`optimistix.LBFGS(1e-6, 1e-6)`. Got {minimiser!r}."
+            )
+        self.minimiser = minimiser
+
+    @property
+    def inner(self) -> optx.AbstractMinimiser:
+        return self.minimiser
+
+    def objective(self, fn: Callable) -> Callable:
+        return _SquaredNorm(fn)
+
+    def evaluate_and_step(
+        self, fn: Callable, y: Y, args: PyTree[Any], *rest: Any
+    ) -> tuple[tuple[PyTree[Array], Aux], Y, PyTree[Any]]:
+        # The auxiliary output of a minimiser's step need not be that of `y`.
+        new_y, inner_state, _ = self.minimiser.step(self.objective(fn), y, args, *rest)
+        return fn(y, args), new_y, inner_state
