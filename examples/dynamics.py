@@ -1,0 +1,199 @@
+"""What the examples that learn differential equations share: reference trajectories,
+networks for vector fields, training of many seeds at once, and the results file.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import run_folder
+import tqdm
+from command_line import UserError
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+Model = TypeVar("Model")
+
+
+def integrate(
+    vector_field: Callable,
+    y0: PyTree[Array],
+    times: Float[Array, " times"],
+    tolerance: float = 1e-9,
+    stiff: bool = False,
+    jump_times: Array | None = None,
+    max_steps: int = 100_000,
+) -> PyTree[Array]:
+    """The solution of a differential equation at the given times, from the first of
+    them on. Where it cannot be found (it may have escaped to infinity) it is infinite.
+    """
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    if jump_times is not None:
+        controller = diffrax.ClipStepSizeController(controller, jump_ts=jump_times)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),  # pyright: ignore[reportArgumentType]
+        diffrax.Kvaerno5() if stiff else diffrax.Dopri8(),
+        times[0],
+        times[-1],
+        None,
+        y0,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=controller,
+        max_steps=max_steps,
+        throw=False,
+    )
+    return solution.ys
+
+
+class NetworkField(eqx.Module):
+    """A vector field that is a network of the state."""
+
+    network: Callable
+
+    def __call__(self, t, y, args):
+        return self.network(y)
+
+
+def mlp(
+    in_size: int,
+    out_size: int,
+    width: int,
+    depth: int,
+    activation: Callable,
+    key: PRNGKeyArray,
+) -> eqx.nn.MLP:
+    """A network with Xavier's initial weights, no initial biases, and none at its
+    end. `depth` counts its hidden layers.
+    """
+    network = eqx.nn.MLP(
+        in_size, out_size, width, depth, activation, use_final_bias=False, key=key
+    )
+    init = jax.nn.initializers.glorot_uniform()
+
+    def replace(layer, key):
+        weight = init(key, layer.weight.shape, layer.weight.dtype)
+        layer = eqx.tree_at(lambda n: n.weight, layer, weight)
+        zero = lambda n: jnp.zeros_like(n.bias)
+        return (
+            eqx.tree_at(lambda n: n.bias, layer, zero(layer))
+            if layer.use_bias
+            else layer
+        )
+
+    keys = jr.split(key, len(network.layers))
+    layers = tuple(replace(n, k) for n, k in zip(network.layers, keys))
+    return eqx.tree_at(lambda n: n.layers, network, layers)
+
+
+def fit(
+    loss: Callable[[Model, PRNGKeyArray], tuple[Array, PyTree[Array]]],
+    models: Model,
+    optimiser: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    key: PRNGKeyArray,
+    name: str,
+    after: Callable[[Model], Model] = lambda model: model,
+    num_chunks: int = 20,
+) -> tuple[Model, PyTree[Array]]:
+    """Trains models, stacked along the leading axis of their arrays, all at once.
+
+    `loss` is that of one model, with what to record; `after` is applied to a model
+    after each step. Returns the trained models and the records, with axes for the
+    models and the steps. A loss that is not finite ends the run.
+    """
+    params, static = eqx.partition(models, eqx.is_inexact_array)
+    optimiser = optax.with_extra_args_support(optimiser)
+
+    def train(carry, keys):
+        return jax.lax.scan(step, carry, keys)
+
+    def step(carry, key):
+        params, state = carry
+
+        def value_fn(params):
+            return loss(eqx.combine(params, static), key)
+
+        (value, record), grads = jax.value_and_grad(value_fn, has_aux=True)(params)
+        updates, state = optimiser.update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=lambda params: value_fn(params)[0],
+        )
+        params = optax.apply_updates(params, updates)
+        params = eqx.filter(after(eqx.combine(params, static)), eqx.is_inexact_array)
+        return (params, state), record
+
+    train = jax.jit(jax.vmap(train, in_axes=(0, None), out_axes=(0, 0)))
+    carry = params, jax.vmap(optimiser.init)(params)
+    chunk = max(1, -(-num_steps // num_chunks))
+    keys, records = jr.split(key, num_steps), []
+    with tqdm.tqdm(
+        total=num_steps, desc=name, unit=" steps", dynamic_ncols=True
+    ) as bar:
+        for start in range(0, num_steps, chunk):
+            some = keys[start : start + chunk]
+            carry, record = train(carry, some)
+            last = jax.tree.map(lambda x: x[:, -1], record)
+            if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(last)):
+                raise UserError(
+                    f"{name}: the loss is not finite after step {start + len(some)}. "
+                    "Try a smaller learning rate or another seed"
+                )
+            records.append(record)
+            bar.update(len(some))
+            bar.set_postfix({k: f"{float(jnp.mean(v)):.2e}" for k, v in last.items()})
+    records = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *records)
+    return eqx.combine(carry[0], static), records
+
+
+def rmse(actual: Array, expected: Array, axis: Any = None) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.square(actual - expected), axis=axis))
+
+
+def save_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
+    """Writes `results.json`. Arrays become lists, numbers that are not finite null."""
+
+    def plain(value):
+        if isinstance(value, pathlib.Path):
+            return str(value)
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if value is None or isinstance(value, str | bool):
+            return value
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, list):
+            return plain(value)
+        return value if abs(value) < float("inf") else None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_folder.replacing(folder / "results.json") as path:
+        path.write_text(json.dumps(plain(results), indent=1) + "\n")
+
+
+def spread(values: Sequence[float] | Array) -> str:
+    """The mean of the seeds, and the range if there are several."""
+    values = jnp.asarray(values).reshape(-1)
+    mean = f"{float(jnp.mean(values)):.3g}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({float(jnp.min(values)):.3g} to {float(jnp.max(values)):.3g})"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
