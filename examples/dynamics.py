@@ -93,33 +93,34 @@ def mlp(
 
 
 def fit(
-    loss: Callable[[Model, PRNGKeyArray], tuple[Array, PyTree[Array]]],
+    loss: Callable[[Model, Any], tuple[Array, PyTree[Array]]],
     models: Model,
     optimiser: optax.GradientTransformation,
     num_steps: int,
     *,
-    key: PRNGKeyArray,
     name: str,
+    inputs: PyTree[Array] | None = None,
     after: Callable[[Model], Model] = lambda model: model,
     num_chunks: int = 20,
 ) -> tuple[Model, PyTree[Array]]:
     """Trains models, stacked along the leading axis of their arrays, all at once.
 
-    `loss` is that of one model, with what to record; `after` is applied to a model
-    after each step. Returns the trained models and the records, with axes for the
-    models and the steps. A loss that is not finite ends the run.
+    `loss` is that of one model and of one entry of the `inputs`, which have one for
+    each step, with what to record; `after` is applied to a model after each step.
+    Returns the trained models and the records, with axes for the models and the steps.
+    A loss that is not finite ends the run.
     """
     params, static = eqx.partition(models, eqx.is_inexact_array)
     optimiser = optax.with_extra_args_support(optimiser)
 
-    def train(carry, keys):
-        return jax.lax.scan(step, carry, keys)
+    def train(carry, inputs):
+        return jax.lax.scan(step, carry, inputs)
 
-    def step(carry, key):
+    def step(carry, x):
         params, state = carry
 
         def value_fn(params):
-            return loss(eqx.combine(params, static), key)
+            return loss(eqx.combine(params, static), x)
 
         (value, record), grads = jax.value_and_grad(value_fn, has_aux=True)(params)
         updates, state = optimiser.update(
@@ -137,21 +138,23 @@ def fit(
     train = jax.jit(jax.vmap(train, in_axes=(0, None), out_axes=(0, 0)))
     carry = params, jax.vmap(optimiser.init)(params)
     chunk = max(1, -(-num_steps // num_chunks))
-    keys, records = jr.split(key, num_steps), []
+    inputs = jnp.arange(num_steps) if inputs is None else inputs
+    records = []
     with tqdm.tqdm(
         total=num_steps, desc=name, unit=" steps", dynamic_ncols=True
     ) as bar:
         for start in range(0, num_steps, chunk):
-            some = keys[start : start + chunk]
+            some = jax.tree.map(lambda x: x[start : start + chunk], inputs)
             carry, record = train(carry, some)
+            done = min(chunk, num_steps - start)
             last = jax.tree.map(lambda x: x[:, -1], record)
             if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(last)):
                 raise UserError(
-                    f"{name}: the loss is not finite after step {start + len(some)}. "
+                    f"{name}: the loss is not finite after step {start + done}. "
                     "Try a smaller learning rate or another seed"
                 )
             records.append(record)
-            bar.update(len(some))
+            bar.update(done)
             bar.set_postfix({k: f"{float(jnp.mean(v)):.2e}" for k, v in last.items()})
     records = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *records)
     return eqx.combine(carry[0], static), records

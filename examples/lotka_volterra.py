@@ -197,7 +197,7 @@ def train(layer: str, config: Config):
     y0s, _ = initial_states(config.setting)
     target = jax.vmap(lambda y: dynamics.integrate(lotka_volterra, y, times))(y0s)
 
-    def loss(model, key):
+    def loss(model, _):
         value = jnp.mean(jnp.square(jax.vmap(model.trajectory)(y0s) - target))
         return value, {"loss": value}
 
@@ -213,7 +213,7 @@ def train(layer: str, config: Config):
     for name, optimiser, steps in stages:
         start = time.perf_counter()
         models, record = dynamics.fit(
-            loss, models, optimiser, steps, key=keys[0], name=f"{layer}: {name}"
+            loss, models, optimiser, steps, name=f"{layer}: {name}"
         )
         seconds.append(time.perf_counter() - start)
         histories.append(record["loss"])
