@@ -111,7 +111,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_not_negative(name: str, value: Any) -> None:
     _check_finite_number(name, value)
     if _is_concrete(value) and not np.all(np.asarray(value) >= 0):
-        raise ValueError(f"`{name}` must not be negative. Got {value!r}.")
+        raise ValueError(f"`{name}` must not be negative or NaN. Got {value!r}.")
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:

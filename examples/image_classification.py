@@ -116,6 +116,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             _refuse(name, value, "a number, not negative")
+    if config.smoke and (config.epochs, config.train_size) != (Config.epochs, None):
+        raise UserError("--smoke decides --epochs and --train-size. Leave them out")
     if config.rtol == 0 and config.atol == 0:
         raise UserError("--rtol and --atol must not both be zero")
     if not 0 <= config.seed < 2**32:
@@ -280,7 +282,10 @@ def train(config: Config) -> list[dict[str, Any]]:
     metrics = old_metrics or []
     if len(metrics) == config.epochs:
         accuracy = metrics[-1]["test_accuracy"]
-        print(f"{folder} is finished, with {accuracy:.2%} of the test set right.")
+        print(
+            f"{folder} is finished, with {accuracy:.2%} of the test set right. "
+            "For another run give another --out."
+        )
         return metrics
 
     if config.precision == "float64":
@@ -315,6 +320,7 @@ def train(config: Config) -> list[dict[str, Any]]:
             curves.plot_curves(path, metrics, title)
         run_folder.save(folder, options, metrics, tuple(arrays))
         report(config, metrics[-1])
+    print(f"The checkpoint, the metrics and their curves are in {folder}.")
     return metrics
 
 

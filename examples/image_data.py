@@ -216,10 +216,14 @@ def _check(path, name, checksum):
 
 @contextlib.contextmanager
 def _report_failure(path: pathlib.Path) -> Iterator[None]:
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     try:
         yield
     # Pooch raises a ValueError where the checksum is wrong.
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        for folder in new_folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise UserError(
             f"{path} is missing, and downloading it failed ({type(error).__name__}). "
             "Put the file there, or give the folder that has it by --data-dir or "

@@ -61,6 +61,27 @@ def test_linear_steps_have_a_closed_form_however_stiff(theta, form, getkey):
     assert jnp.allclose(solution.value, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rate", (1e3, 1e5))
+@pytest.mark.parametrize("theta", (0.5, 1.0))
+@pytest.mark.parametrize("form", FORMS)
+def test_stiff_steps_are_found_in_single_precision(form, theta, rate, getkey):
+    """Where rounding leaves a residual far above the tolerance."""
+    y0 = jnp.concatenate([jnp.array([2.0]), jr.normal(getkey(), (3,))])
+    rates = jnp.array([1.0, 0.7, 0.01, 0.0]) * rate
+
+    def run(dtype):
+        field = lambda t, y, args: -rates.astype(dtype) * (y - jnp.cos(t).astype(dtype))
+        block = eqi.ODEBlock(eqi.ThetaLayer(field, theta, 0.1, form), 50)
+        return eqx.filter_jit(block.solve)(y0.astype(dtype), jnp.zeros((), dtype))
+
+    single, double = run(jnp.float32), run(jnp.float64)
+    assert jnp.all(single.result == optx.RESULTS.successful)
+    assert jnp.max(single.stats["num_steps"]) <= 5
+    difference = single.value.astype(jnp.float64) - double.value
+    # The midpoint rule hardly damps, so that the error of each step stays.
+    assert jnp.max(jnp.abs(difference)) < (1e-3 if theta == 0.5 else 1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("theta", THETAS)
 def test_derivatives_by_finite_differences(theta, form, getkey):
@@ -196,6 +217,12 @@ _OTHERS = {
 }
 
 
+def test_differentiating_few_iterations_is_warned_of():
+    with pytest.warns(UserWarning, match="RecursiveCheckpointAdjoint.*zero"):
+        eqi.ThetaLayer(jnp.sin, adjoint=optx.RecursiveCheckpointAdjoint())
+
+
+@pytest.mark.filterwarnings("ignore:.*RecursiveCheckpointAdjoint")
 @pytest.mark.parametrize("name", _OTHERS)
 def test_other_solvers_and_adjoints(name, getkey):
     field, y = _field(getkey())

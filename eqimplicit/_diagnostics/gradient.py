@@ -3,6 +3,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -42,6 +43,16 @@ class GradientReport(eqx.Module):
     residual: Float[Array, ""]
     num_products: Int[Array, ""]
 
+    def __str__(self):
+        values = self.cosine, self.relative_error, self.residual, self.num_products
+        if any(isinstance(x, jax.core.Tracer) or x.ndim > 0 for x in values):
+            return repr(self)
+        cosine, error, residual, products = (x.item() for x in values)
+        return (
+            f"{type(self.adjoint).__name__}: cosine {cosine:.6f}, relative error "
+            f"{error:.1e}, residual {residual:.1e}, {products} products"
+        )
+
 
 def gradient_report(
     layer: DEQ,
@@ -71,20 +82,32 @@ def gradient_report(
     - `loss`: a function of the layer's solution to a scalar.
     - `x`, `z0`, `key`, `state`: as for calling the layer.
     - `adjoints`: the adjoints to compare. By default the layer's own, and one of each
-        kind in this package.
+        other kind in this package.
 
     **Returns:**
 
-    A list of [`eqimplicit.GradientReport`][]s, the reference's first.
+    A list of [`eqimplicit.GradientReport`][]s, the reference's first. `print` shows
+    each as a line.
+
+    **Raises:** a `TypeError` if `layer` is no [`eqimplicit.DEQ`][] or `loss` cannot be
+    called.
     """
+    if not isinstance(layer, DEQ):
+        raise TypeError(f"`layer` must be an `eqimplicit.DEQ`. Got {layer!r}.")
+    if not callable(loss):
+        raise TypeError(
+            "`loss` must be a function of the solution, and come before `x`. Got "
+            f"{loss!r}."
+        )
     if adjoints is None:
-        adjoints = [
-            layer.adjoint,
+        kinds = (
             JFBAdjoint(),
             NeumannAdjoint(num_terms=5),
             PhantomAdjoint(num_steps=5),
             ImplicitAdjoint(),
-        ]
+        )
+        own = layer.adjoint
+        adjoints = [own, *(x for x in kinds if not isinstance(x, type(own)))]
     z = jax.lax.stop_gradient(layer.solve(x, z0, key=key, state=state).value)
     dtype = accumulation_dtype(state_dtype(z))
     tolerance = 10 * float(jnp.finfo(dtype).eps)

@@ -299,7 +299,8 @@ class BoundedSpectrum(eqx.Module):
         if self.scale is not None:
             gate = jtu.tree_map(jax.nn.sigmoid, self.scale)
             value = jtu.tree_map(jnp.multiply, gate, value)
-        centre, radius = (self.alpha + self.beta) / 2, (self.beta - self.alpha) / 2
+        alpha, beta = lax.stop_gradient((self.alpha, self.beta))
+        centre, radius = (alpha + beta) / 2, (beta - alpha) / 2
         return jtu.tree_map(
             lambda a, b: (
                 jnp.asarray(centre, a.dtype) * a + jnp.asarray(radius, a.dtype) * b
@@ -327,8 +328,8 @@ BoundedSpectrum.__init__.__doc__ = r"""**Arguments:**
 - `vector_field`: $F_{-1, 1}$, called as `vector_field(t, y, args)`. It must be
     1-Lipschitz in `y` already, e.g. by [`eqimplicit.with_spectral_norm`][]: this is not
     checked.
-- `alpha`: $\alpha$.
-- `beta`: $\beta$, at least `alpha`.
+- `alpha`, `beta`: $\alpha$ and $\beta$, not below $\alpha$. Python floats, or scalar
+    arrays (one for each of stacked layers), which have no gradient.
 - `scale`: $\vartheta$, a pytree of the structure and shapes of the state (or that
     broadcast to them), which is trained with the model; `None` means $S = 1$.
 

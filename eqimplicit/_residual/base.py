@@ -1,4 +1,5 @@
 import abc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,21 +135,31 @@ def _defaults(z0, field, weight):
         return Anderson(tolerance, tolerance), ImplicitAdjoint()
     if sum(leaf.size for leaf in jtu.tree_leaves(z0)) <= 64:
         newton = optx.Newton(tolerance, tolerance, linear_solver=lx.LU())
-        return RootAsFixedPoint(newton), ImplicitAdjoint(lx.LU())
+        return RootAsFixedPoint(newton, judge_step=True), ImplicitAdjoint(lx.LU())
     if isinstance(field, BoundedSpectrum):
         picard = Picard(tolerance, tolerance, damping=field.damping(weight))
         return picard, ImplicitAdjoint(FixedPointLinearSolver(picard))
     newton = optx.Newton(tolerance, tolerance, linear_solver=GMRES(1e-2, 0.0))
-    return RootAsFixedPoint(newton), ImplicitAdjoint()
+    return RootAsFixedPoint(newton, judge_step=True), ImplicitAdjoint()
 
 
-def check_residual_layer(vector_field: Any, step_size: Any) -> None:
+def check_residual_layer(
+    vector_field: Any, step_size: Any, adjoint: Any = None
+) -> None:
     if not callable(vector_field):
         raise TypeError(
             "`vector_field` must be callable as `vector_field(t, y, args)`. Got "
             f"{vector_field!r}."
         )
     check_positive("step_size", step_size)
+    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
+        warnings.warn(
+            "`optimistix.RecursiveCheckpointAdjoint` differentiates the iterations of a "
+            "solve, and a residual layer may take very few: where its initial "
+            "guess already meets the tolerance, the gradient is zero. Use "
+            "`eqimplicit.ImplicitAdjoint`, or a tolerance close to rounding.",
+            stacklevel=2,
+        )
 
 
 def prepare(

@@ -1,6 +1,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -112,7 +113,9 @@ class ODEBlock(eqx.Module):
         if self.stacked and eqx.is_array(self.layer.step_size):
             elapsed = jnp.cumsum(self.layer.step_size)
             return t0 + jnp.concatenate([jnp.zeros_like(elapsed[:1]), elapsed])
-        return t0 + self.layer.step_size * jnp.arange(self.num_steps + 1.0)
+        floating = isinstance(t0, jax.Array) and jnp.issubdtype(t0.dtype, jnp.floating)
+        dtype = t0.dtype if floating else None
+        return t0 + self.layer.step_size * jnp.arange(self.num_steps + 1.0, dtype=dtype)
 
     def jump_times(self, t0: Any = 0.0) -> Float[Array, " jumps"]:
         """The times at which [`eqimplicit.ODEBlock.vector_field`][] jumps: for stacked

@@ -166,7 +166,7 @@ class RungeKuttaLayer(AbstractResidualLayer):
     throw: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
-        check_residual_layer(self.vector_field, self.step_size)
+        check_residual_layer(self.vector_field, self.step_size, self.adjoint)
         if not all(isinstance(x, ButcherTableau) for x in _tableaux(self.tableau)):
             raise TypeError(
                 "`tableau` must be a `eqimplicit.ButcherTableau`, or a tuple of them. "
@@ -274,11 +274,13 @@ class _Stages(eqx.Module):
             ]
 
         def field(nodes):
-            def at(c, slope_weights):
+            def at(t, slope_weights):
                 stage = _increments(leaves, h, slope_weights, jtu.tree_leaves(slopes))
-                return self.vector_field(t + c * h, treedef.unflatten(stage), args)
+                return self.vector_field(t, treedef.unflatten(stage), args)
 
-            return jtu.tree_leaves(jax.vmap(at)(jnp.asarray(nodes), matrices))
+            # Python floats, so that the times keep their dtype.
+            times = jnp.stack([jnp.asarray(t + c * h) for c in nodes])
+            return jtu.tree_leaves(jax.vmap(at)(times, matrices))
 
         # One evaluation serves all parts of the state whose stages share their times.
         values = {x.c: field(x.c) for x in self.tableaux}

@@ -69,7 +69,7 @@ class ThetaLayer(AbstractResidualLayer):
     throw: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
-        check_residual_layer(self.vector_field, self.step_size)
+        check_residual_layer(self.vector_field, self.step_size, self.adjoint)
         # NaN compares false.
         if not isinstance(self.theta, (int, float)) or not 0 <= self.theta <= 1:
             raise ValueError(
@@ -121,11 +121,11 @@ ThetaLayer.__init__.__doc__ = r"""**Arguments:**
     differentiated.
 - `form`: `"midpoint"` or `"trapezoid"`. On linear fields they agree.
 - `solver`: an [`optimistix.AbstractFixedPointSolver`][]. By default Newton's method
-    ([`eqimplicit.RootAsFixedPoint`][]), to the larger of 1e-6 and ten roundings: with a
-    dense Jacobian for up to 64 unknowns, with [`eqimplicit.GMRES`][] above; above and
-    with a [`eqimplicit.BoundedSpectrum`][] [`eqimplicit.Picard`][] with
-    [`eqimplicit.BoundedSpectrum.damping`][]; in half precision
-    [`eqimplicit.Anderson`][].
+    ([`eqimplicit.RootAsFixedPoint`][], judged by its step as well), to the larger of
+    1e-6 and ten roundings: with a dense Jacobian for up to 64 unknowns, with
+    [`eqimplicit.GMRES`][] above; above and with a [`eqimplicit.BoundedSpectrum`][]
+    [`eqimplicit.Picard`][] with [`eqimplicit.BoundedSpectrum.damping`][]; in half
+    precision [`eqimplicit.Anderson`][].
 - `adjoint`: an [`optimistix.AbstractAdjoint`][]. By default
     [`eqimplicit.ImplicitAdjoint`][]: with a dense factorisation for up to 64 unknowns,
     with its own default above; with a [`eqimplicit.BoundedSpectrum`][], with the
