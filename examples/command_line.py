@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
     """Something that the user can put right. Its message is one line that says how."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], Any]) -> None:
     """Calls `main`. Mistakes of the user's end with one line and exit status 2."""
     try:
         main()

@@ -147,7 +147,7 @@ def train(theta: float, config: Config):
     keys = jr.split(jr.key(config.seed), config.seeds)
     of_each = jnp.concatenate([keys] * len(config.divergence_weights))
     make = lambda weight, key: make_task(theta, weight, key)
-    tasks = eqx.filter_vmap(make)(weights, of_each)
+    tasks = dynamics.make_models(make, weights, of_each)
     rate = optax.cosine_decay_schedule(1e-3, config.steps, alpha=1e-2)
     return dynamics.fit(
         make_loss(config.setting),
@@ -261,7 +261,7 @@ def draw(config: Config, curves) -> None:
                     color=colour,
                     alpha=0.3 + 0.7 * theta,
                     linewidth=0.7,
-                    label=f"weight {weight:g}" if theta == 1 else None,
+                    label=f"weight {weight:g}" if theta == config.thetas[-1] else None,
                 )
     figures.legend(axes[0, 0])
     title = "Sine: parts of the loss, darker for larger theta"

@@ -52,6 +52,9 @@ class Config:
     thetas: tuple[float, ...] = (0.0, 0.5)
     """The thetas of the layers."""
 
+    points: int = 400
+    """Points for training, and as many for validation."""
+
     steps: int = 1000
     """Steps of Adam, each with all points."""
 
@@ -120,7 +123,7 @@ def make_classifier(name: str, theta: float, key) -> Classifier:
 
 
 def train(name: str, theta: float, config: Config):
-    points, labels = spirals(400, 0.0)
+    points, labels = spirals(config.points, 0.0)
 
     def loss(model, _):
         logits = jax.vmap(model)(points)
@@ -132,7 +135,7 @@ def train(name: str, theta: float, config: Config):
         return eqx.tree_at(lambda m: m.block.layer, model, layers)
 
     keys = jr.split(jr.key(config.seed), config.seeds)
-    models = eqx.filter_vmap(lambda key: make_classifier(name, theta, key))(keys)
+    models = dynamics.make_models(lambda key: make_classifier(name, theta, key), keys)
     decay = max(1, round(0.045 * config.steps))
     rate = optax.exponential_decay(1e-2, decay, 0.9, staircase=True)
     # A plain field may stretch space so much that a single gradient is huge.
@@ -157,8 +160,8 @@ def accuracy(logits, labels):
 
 
 @eqx.filter_jit
-def evaluate(model: Classifier):
-    points, labels = spirals(400, 0.5)
+def evaluate(model: Classifier, num_points: int):
+    points, labels = spirals(num_points, 0.5)
 
     def shifted(size):
         """The mean over eight directions of the shift."""
@@ -167,7 +170,7 @@ def evaluate(model: Classifier):
         of_shift = lambda shift: accuracy(jax.vmap(model)(points + shift), labels)
         return jnp.mean(jax.vmap(of_shift)(shifts))
 
-    train_points, train_labels = spirals(400, 0.0)
+    train_points, train_labels = spirals(num_points, 0.0)
     growth = eqi.lipschitz_constant(
         model.block, jax.vmap(lift)(points), key=jr.key(0), num_steps=20
     )
@@ -186,8 +189,8 @@ def run(config: Config):
     for theta in config.thetas:
         if not 0 <= theta <= 1:
             raise UserError(f"--thetas: {theta} is not between 0 and 1")
-    if min(config.steps, config.seeds) < 1:
-        raise UserError("--steps and --seeds must be at least 1")
+    if min(config.points, config.steps, config.seeds) < 1:
+        raise UserError("--points, --steps and --seeds must be at least 1")
     results, models = {}, {}
     for theta in config.thetas:
         for name in config.fields:
@@ -196,7 +199,7 @@ def run(config: Config):
             start = time.perf_counter()
             trained, _ = train(name, theta, config)
             seconds = time.perf_counter() - start
-            scores = eqx.filter_vmap(evaluate)(trained)
+            scores = eqx.filter_vmap(lambda m: evaluate(m, config.points))(trained)
             results[f"{name}, theta {theta:g}"] = {**scores, "seconds": seconds}
             first = lambda x: x[0] if eqx.is_array(x) else x
             models[f"{name}, theta {theta:g}"] = jax.tree.map(first, trained)
@@ -225,7 +228,7 @@ def draw(config: Config, models, results) -> None:
     figure, axes = figures.grid(rows, columns, 3, 3)
     first, second = np.meshgrid(np.linspace(-8, 8, 150), np.linspace(-8, 8, 150))
     grid = jnp.stack([jnp.asarray(first), jnp.asarray(second)], -1).reshape(-1, 2)
-    points, labels = (np.asarray(x) for x in spirals(400, 0.5))
+    points, labels = (np.asarray(x) for x in spirals(config.points, 0.5))
     for axis, (name, model) in zip(axes.flat, models.items()):
         figures.name(axis, name)
         logits = logits_of(model, grid).reshape(first.shape)

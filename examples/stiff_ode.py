@@ -111,7 +111,7 @@ def make_data(setting: Setting, num: int, key):
 
     def solve(first, z0):
         times = STEP * (first + jnp.arange(NUM_STEPS + 1.0))
-        return dynamics.integrate(equation, z0, times, stiff=True)
+        return dynamics.integrate(equation, z0, times)
 
     return firsts, z0s, jax.jit(jax.vmap(solve))(firsts, z0s)
 
@@ -123,7 +123,8 @@ def train(theta: float, points: int, setting: Setting, data, config: Config):
     keys = jr.split(jr.key(config.seed), config.seeds)
     epochs = setting.epochs if config.epochs is None else config.epochs
     # The order of the trajectories, anew each epoch.
-    order = jax.vmap(lambda key: jr.permutation(key, num))(jr.split(keys[0], epochs))
+    shuffle = jax.jit(jax.vmap(lambda key: jr.permutation(key, num)))
+    order = shuffle(jr.split(keys[0], epochs))
 
     def loss(block, index):
         z = trajectory(block, firsts[index], z0s[index])
@@ -131,7 +132,7 @@ def train(theta: float, points: int, setting: Setting, data, config: Config):
         variation = eqi.total_variation(block.layer.vector_field.vector_field)
         return error + 0.1 / NUM_STEPS * variation, {"loss": error}
 
-    blocks = eqx.filter_vmap(lambda key: make_block(theta, setting, key))(keys)
+    blocks = dynamics.make_models(lambda key: make_block(theta, setting, key), keys)
     rate = optax.exponential_decay(config.learning_rate, 4 * num, 0.8, staircase=True)
     return dynamics.fit(
         loss,
@@ -157,10 +158,7 @@ def evaluate(block: eqi.ODEBlock, data):
     def integrate(first, z0):
         times = STEP * (first + jnp.arange(NUM_STEPS + 1.0))
         jumps = block.jump_times()
-        # Up to, not at, the jumps of the learned field.
-        return dynamics.integrate(
-            block.vector_field, z0, times, 1e-6, stiff=True, jump_times=jumps
-        )
+        return dynamics.integrate(block.vector_field, z0, times, 1e-6, jump_times=jumps)
 
     continuous = jax.vmap(integrate)(firsts, z0s)
     transient = slice(1, 6)

@@ -154,9 +154,9 @@ def check_residual_layer(
     check_positive("step_size", step_size)
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
         warnings.warn(
-            "`optimistix.RecursiveCheckpointAdjoint` differentiates the iterations of a "
-            "solve, and a residual layer may take very few: where its initial "
-            "guess already meets the tolerance, the gradient is zero. Use "
+            "`optimistix.RecursiveCheckpointAdjoint` differentiates the iterations of "
+            "a solve, and a residual layer may take very few: where its initial guess "
+            "already meets the tolerance, the gradient is zero. Use "
             "`eqimplicit.ImplicitAdjoint`, or a tolerance close to rounding.",
             stacklevel=2,
         )

@@ -1,0 +1,162 @@
+"""The examples that learn differential equations: what each claims, in miniature."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+_root = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(_root / "examples"))
+
+import allen_cahn  # noqa: E402  # pyright: ignore[reportMissingImports]
+import command_line  # noqa: E402  # pyright: ignore[reportMissingImports]
+import dynamics  # noqa: E402  # pyright: ignore[reportMissingImports]
+import lotka_volterra  # noqa: E402  # pyright: ignore[reportMissingImports]
+import optax  # noqa: E402
+import sine_regression  # noqa: E402  # pyright: ignore[reportMissingImports]
+import spiral  # noqa: E402  # pyright: ignore[reportMissingImports]
+import stability  # noqa: E402  # pyright: ignore[reportMissingImports]
+import stiff_ode  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+@pytest.fixture(autouse=True)
+def default_configuration():
+    """Examples run under JAX's defaults, not under the strict ones of the tests."""
+    defaults = {
+        "jax_enable_x64": False,
+        "jax_numpy_dtype_promotion": "standard",
+        "jax_numpy_rank_promotion": "allow",
+    }
+    before = {name: getattr(jax.config, name) for name in defaults}
+    for name, value in defaults.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def run(example, folder, *options):
+    """The results, which are those in the file, and no figure is missing."""
+    options = [str(option) for option in options]
+    results = example.main([*options, "--out", str(folder)])
+    written = json.loads((folder / "results.json").read_text())["results"]
+    assert written.keys() == results["results"].keys()
+    assert list(folder.glob("*.png"))
+    return results["results"]
+
+
+def test_lotka_volterra_bends_as_the_law_says(tmp_path):
+    options = ("--layers", "0", "0.5", "--adam-steps", 1000, "--lbfgs-steps", 0)
+    results = run(lotka_volterra, tmp_path, *options)
+    for one in results.values():
+        assert one["train_loss"][0] < 5e-3
+        (real, imaginary), law = one["eigenvalue"][0], one["law"]
+        assert abs(complex(real, imaginary) - complex(*law)) < 0.05
+    # In continuous time the explicit layer's field decays, the midpoint rule's less.
+    explicit, midpoint = (results[theta]["amplitude"][0] for theta in ("0", "0.5"))
+    assert explicit < 0.05
+    assert midpoint > 5 * explicit
+
+
+def test_implicit_layers_do_not_oscillate_on_a_stiff_equation(tmp_path):
+    options = ("--thetas", 0, 0.5, "--points", 10, "--epochs", 6)
+    results = run(stiff_ode, tmp_path, *options)
+    explicit, implicit = results.values()
+    assert explicit["transient_rmse"][0] > 0.3
+    assert implicit["rmse"][0] < 0.08
+    assert implicit["continuous_rmse"][0] < explicit["continuous_rmse"][0]
+
+
+def test_the_data_of_the_stiff_equation_are_its_closed_form():
+    jax.config.update("jax_enable_x64", True)
+    setting = stiff_ode.SETTINGS["code"]
+    firsts, z0s, states = stiff_ode.make_data(setting, 5, jax.random.key(0))
+    starts = stiff_ode.STEP * firsts[:, None]
+    times = starts + stiff_ode.STEP * jnp.arange(21.0)
+    expected = stiff_ode.closed_form(times, starts, z0s)
+    assert jnp.allclose(states[..., 0], expected, atol=1e-7)
+
+
+def test_a_reward_for_dissipation_costs_the_fit_of_the_sine(tmp_path):
+    options = ("--thetas", 0.5, "--divergence-weights", 0, 3, "--steps", 400)
+    free, rewarded = run(sine_regression, tmp_path, *options).values()
+    assert free["mse"][0] < 0.02
+    assert free["least_real_part"][0] > rewarded["least_real_part"][0]
+    assert free["mse"][0] < rewarded["mse"][0]
+    assert free["newton_steps"][0] < rewarded["newton_steps"][0]
+
+
+def test_spirals_are_separated(tmp_path):
+    options = ("--fields", "mixed", "--thetas", 0, "--steps", 600)
+    options += ("--seeds", 1)
+    (one,) = run(spiral, tmp_path, *options).values()
+    assert one["train"][0] > 0.9
+    validation, *shifted = one["shifted"][0]
+    assert validation > 0.85
+    assert shifted[-1] < validation
+
+
+def test_diffusion_is_found_by_implicit_layers_only(tmp_path):
+    options = ("--thetas", 0, 0.5, "--size", 100, "--trajectories", 2, "--steps", 250)
+    explicit, implicit = run(allen_cahn, tmp_path, *options, "--num-steps", 5).values()
+    assert implicit["solved"][0] == 1
+    assert abs(implicit["diffusivity"][0] - 1) < 0.3
+    assert implicit["window_rmse"][0] < 0.1
+    assert explicit.get("diverged") or not explicit["forecast_rmse"][0] < 1
+
+
+def test_schemes_grow_and_shrink_as_theory_says(tmp_path):
+    growth = stability.main(["--out", str(tmp_path), "--steps", "50"])
+    factor = np.hypot(1, 0.2) ** 50
+    assert np.isclose(growth["forward Euler"], factor, rtol=1e-6)
+    assert np.isclose(growth["backward Euler"], 1 / factor, rtol=1e-6)
+    assert np.isclose(growth["trapezoidal"], 1, rtol=1e-6)
+    assert abs(growth["Verlet"] - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    "example, options, message",
+    [
+        (lotka_volterra, ("--layers", "leapfrog"), "leapfrog is no theta"),
+        (lotka_volterra, ("--seeds", "0"), "at least 1"),
+        (stiff_ode, ("--points", "3"), "3 does not divide 20"),
+        (stiff_ode, ("--thetas", "2"), "not between 0 and 1"),
+        (sine_regression, ("--thetas", "-1"), "not between 0 and 1"),
+        (spiral, ("--fields", "3-Lipschitz"), "3-Lipschitz is not one of plain"),
+        (allen_cahn, ("--step-size", "0"), "must be positive"),
+    ],
+)
+def test_mistakes_are_one_line(example, options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(lambda: example.main([*options, "--out", str(tmp_path / "x")]))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    def loss(model, x):
+        value = jnp.where(x > 30, jnp.nan, jnp.sum(model**2))
+        return value, {"loss": value}
+
+    with pytest.raises(
+        command_line.UserError, match="test: .*not finite after step 35"
+    ):
+        dynamics.fit(loss, jnp.ones((2, 3)), optax.sgd(0.1), 100, name="test")
+
+
+def test_models_are_trained_side_by_side():
+    def loss(model, x):
+        value = jnp.sum((model - 1) ** 2)
+        return value, {"loss": value}
+
+    start = jnp.stack([jnp.zeros(3), 2 * jnp.ones(3)])
+    trained, record = dynamics.fit(loss, start, optax.sgd(0.1), 33, name="test")
+    assert record["loss"].shape == (2, 33)
+    assert jnp.allclose(trained - 1, (start - 1) * 0.8**33, rtol=1e-4)
