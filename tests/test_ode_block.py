@@ -89,7 +89,7 @@ def test_the_program_does_not_grow_with_the_number_of_steps(getkey):
     assert abs(size(1000) - size(10)) < 100
 
 
-def test_the_change_of_the_last_step_saves_evaluations(getkey):
+def test_the_parabola_through_the_last_states_saves_evaluations(getkey):
     block = eqi.ODEBlock(
         eqi.ThetaLayer(Field(jr.normal(getkey(), (3, 3))), 0.5, 0.1), 50
     )

@@ -19,8 +19,8 @@ class ODEBlock(eqx.Module):
     equation, with one step for each layer.
 
     The layers are one repeated, or `num_steps` of them with parameters of their own.
-    Either way they are compiled once. The change that the last step made is the first
-    guess of the change that the next one makes.
+    Either way they are compiled once. The initial guess of each solve lies on the
+    parabola through the last three states.
 
     !!! example
 
@@ -164,21 +164,39 @@ stacked layers; a `TypeError` if `layer` is no such layer.
 """
 
 
+class _Path(eqx.Module):
+    """The last state of a path, and its last differences of first and second order."""
+
+    y: PyTree[Array]
+    change: PyTree[Array]
+    bend: PyTree[Array]
+
+    def extrapolate(self):
+        """On the parabola through the last three states."""
+        return jtu.tree_map(lambda *x: sum(x), self.y, self.change, self.bend)
+
+    def append(self, y):
+        change = jtu.tree_map(jnp.subtract, y, self.y)
+        return _Path(y, change, jtu.tree_map(jnp.subtract, change, self.change))
+
+
+def _start(y):
+    zero = jtu.tree_map(jnp.zeros_like, y)
+    return _Path(y, zero, zero)
+
+
 def _scan(inputs, keep):
     (stack, shared), y0, times, args = inputs
 
-    def step(carry, x):
-        y, change = carry
+    def step(path, x):
         own, t = x
-        guess = jtu.tree_map(jnp.add, y, change)
-        solution = eqx.combine(own, shared).solve(y, t, args, guess)
-        change = jtu.tree_map(jnp.subtract, solution.value, y)
-        return (solution.value, change), keep(solution)
+        layer = eqx.combine(own, shared)
+        solution = layer.solve(path.y, t, args, path.extrapolate())
+        return path.append(solution.value), keep(solution)
 
-    y0 = jtu.tree_map(jnp.asarray, y0)
-    no_change = jtu.tree_map(jnp.zeros_like, y0)
-    (y, _), kept = lax.scan(step, (y0, no_change), (stack, times[:-1]))
-    return y, kept
+    start = _start(jtu.tree_map(jnp.asarray, y0))
+    path, kept = lax.scan(step, start, (stack, times[:-1]))
+    return path.y, kept
 
 
 def _run(inputs):
@@ -200,27 +218,27 @@ def _forward(perturbed, inputs):
 
 @_run_reversibly.def_bwd
 def _backward(last, cotangent, perturbed, inputs):
-    """Carries the state and the cotangents back, from one step to the one before."""
+    """Carries the path and the cotangents back, from one step to the one before."""
     del perturbed
     (stack, shared), y0, times, args = inputs
 
     def step(carry, x):
-        y, change, y_bar, shared_bar, args_bar = carry
+        path, y_bar, shared_bar, args_bar = carry
         own, t = x
         layer = eqx.combine(own, shared)
-        guess = jtu.tree_map(jnp.subtract, y, change)
-        previous = layer.invert(y, t, args, guess).value
+        previous = layer.invert(path.y, t, args, path.extrapolate()).value
 
         def forward(point):
             own, shared, previous, t, args = point
-            return eqx.combine(own, shared).solve(previous, t, args, y).value
+            layer = eqx.combine(own, shared)
+            return layer.solve(previous, t, args, path.y).value
 
         _, vjp = eqx.filter_vjp(forward, (own, shared, previous, t, args))
         ((own_bar, shared_add, y_bar, t_bar, args_add),) = vjp(y_bar)
         shared_bar = eqx.apply_updates(shared_bar, shared_add)
         args_bar = eqx.apply_updates(args_bar, args_add)
-        change = jtu.tree_map(jnp.subtract, y, previous)
-        return (previous, change, y_bar, shared_bar, args_bar), (own_bar, t_bar)
+        carry = path.append(previous), y_bar, shared_bar, args_bar
+        return carry, (own_bar, t_bar)
 
     zeros = lambda tree: jtu.tree_map(
         jnp.zeros_like, eqx.filter(tree, eqx.is_inexact_array)
@@ -231,12 +249,13 @@ def _backward(last, cotangent, perturbed, inputs):
         last,
         is_leaf=lambda x: x is None,
     )
-    start = last, zeros(last), cotangent, zeros(shared), zeros(args)
-    (first, _, y_bar, shared_bar, args_bar), (stack_bar, times_bar) = lax.scan(
+    start = _start(last), cotangent, zeros(shared), zeros(args)
+    (path, y_bar, shared_bar, args_bar), (stack_bar, times_bar) = lax.scan(
         step, start, (stack, times[:-1]), reverse=True
     )
-    missed = two_norm(jtu.tree_map(jnp.subtract, first, y0))
-    lost = ~(missed <= 0.01 * two_norm(jtu.tree_map(jnp.add, first, y0)) / 2)
+    missed = two_norm(jtu.tree_map(jnp.subtract, path.y, y0))
+    size = two_norm(jtu.tree_map(jnp.add, path.y, y0)) / 2
+    lost = ~(missed <= 0.01 * size)
     times_bar = jnp.append(times_bar, 0)
     bars = (stack_bar, shared_bar), y_bar, times_bar, args_bar
     return jtu.tree_map(lambda x: jnp.where(lost, jnp.nan, x), bars)
