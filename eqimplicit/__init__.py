@@ -27,18 +27,20 @@ from ._parametrisation.base import (
     AbstractParametrisation as AbstractParametrisation,
     resolve as resolve,
 )
+from ._parametrisation.bounded import BoundedSpectrum as BoundedSpectrum
 from ._parametrisation.norm import WeightNorm as WeightNorm
 from ._parametrisation.spectrum import (
     advance_spectral_norms as advance_spectral_norms,
-    BoundedSpectrum as BoundedSpectrum,
     SpectralNorm as SpectralNorm,
     with_spectral_norm as with_spectral_norm,
 )
-from ._regularisation import (
+from ._regularisation.base import (
     divergence as divergence,
     divergence_and_frobenius as divergence_and_frobenius,
     jacobian_diagonal as jacobian_diagonal,
     jacobian_frobenius as jacobian_frobenius,
+)
+from ._regularisation.trajectory import (
     kinetic_penalty as kinetic_penalty,
     total_derivative as total_derivative,
     total_variation as total_variation,

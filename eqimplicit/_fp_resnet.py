@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from ._adjoint.neumann import NeumannAdjoint
 from ._custom_types import Y
 from ._misc import check_positive
-from ._parametrisation.spectrum import BoundedSpectrum
+from ._parametrisation.bounded import BoundedSpectrum
 from ._residual.ode_block import ODEBlock
 from ._residual.theta import ThetaLayer
 from ._solver.picard import Picard

@@ -52,7 +52,7 @@ class Config:
     adam_steps: int = 3000
     """Steps of Adam."""
 
-    lbfgs_steps: int = 1000
+    lbfgs_steps: int = 1300
     """Steps of L-BFGS after them, with --setting code."""
 
     seeds: int = 1

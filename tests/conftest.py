@@ -6,6 +6,8 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the time of the tests goes into compiling, each program to be run once.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -17,3 +19,27 @@ def getkey():
         return jr.fold_in(jr.key(5678), next(keys))
 
     return _getkey
+
+
+@pytest.fixture
+def default_configuration():
+    """Examples run under JAX's defaults, not under the strict ones of the tests."""
+    defaults = {
+        "jax_enable_x64": False,
+        "jax_numpy_dtype_promotion": "standard",
+        "jax_numpy_rank_promotion": "allow",
+    }
+    before = {name: getattr(jax.config, name) for name in defaults}
+    for name, value in defaults.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def all_optimisations():
+    """For tests that look at the compiled program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

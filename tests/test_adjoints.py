@@ -600,6 +600,7 @@ def test_backward_solve_raises_only_on_demand():
         jax.block_until_ready(gradient(args, g, eqi.ImplicitAdjoint(short, throw=True)))
 
 
+@pytest.mark.usefixtures("all_optimisations")
 def test_throwing_puts_a_host_callback_into_the_gradient():
     args, g = problem()
     adjoint = eqi.ImplicitAdjoint(throw=True)
@@ -607,6 +608,7 @@ def test_throwing_puts_a_host_callback_into_the_gradient():
     assert CALLBACK.search(text)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_a_gradient_has_no_host_callback_and_flat_memory(name):
     args, g = problem()

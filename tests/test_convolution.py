@@ -149,6 +149,7 @@ def test_keeps_the_dtype(dtype, getkey):
         assert error <= tolerance * jnp.max(jnp.abs(b))
 
 
+@pytest.mark.usefixtures("all_optimisations")
 def test_keeps_its_fast_form_inside_loops(getkey):
     # XLA's CPU backend is slow on any other form there.
     conv = Conv2d(8, 8, 3, padding=1, dtype=jnp.float32, key=getkey())
@@ -167,6 +168,7 @@ def test_keeps_its_fast_form_inside_loops(getkey):
     assert all("dim_labels=b01f_01io->b01f" in line for line in forms)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form on the CPU")
 def test_a_product_of_matrices_is_in_the_loop(getkey):
     conv = Conv2d(16, 16, 3, padding=1, dtype=jnp.float32, key=getkey())

@@ -24,20 +24,7 @@ import stability  # noqa: E402  # pyright: ignore[reportMissingImports]
 import stiff_ode  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
-@pytest.fixture(autouse=True)
-def default_configuration():
-    """Examples run under JAX's defaults, not under the strict ones of the tests."""
-    defaults = {
-        "jax_enable_x64": False,
-        "jax_numpy_dtype_promotion": "standard",
-        "jax_numpy_rank_promotion": "allow",
-    }
-    before = {name: getattr(jax.config, name) for name in defaults}
-    for name, value in defaults.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("default_configuration")
 
 
 def run(example, folder, *options):
@@ -102,7 +89,7 @@ def test_spirals_are_separated(tmp_path):
 
 
 def test_diffusion_is_found_by_implicit_layers_only(tmp_path):
-    options = ("--thetas", 0, 0.5, "--size", 100, "--trajectories", 2, "--steps", 250)
+    options = ("--thetas", 0, 0.5, "--size", 100, "--trajectories", 2, "--steps", 240)
     explicit, implicit = run(allen_cahn, tmp_path, *options, "--num-steps", 5).values()
     assert implicit["solved"][0] == 1
     assert abs(implicit["diffusivity"][0] - 1) < 0.3

@@ -22,20 +22,7 @@ import image_classification  # noqa: E402  # pyright: ignore[reportMissingImport
 import image_data  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
-@pytest.fixture(autouse=True)
-def default_configuration():
-    """Examples run under JAX's defaults, not under the strict ones of the tests."""
-    defaults = {
-        "jax_enable_x64": False,
-        "jax_numpy_dtype_promotion": "standard",
-        "jax_numpy_rank_promotion": "allow",
-    }
-    before = {name: getattr(jax.config, name) for name in defaults}
-    for name, value in defaults.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("default_configuration")
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def test_the_bound_is_attained_by_an_isometry(getkey):
     assert bound - 2 <= solution.stats["num_evaluations"] <= bound
 
 
-@pytest.mark.parametrize("theta", (0.25, 0.5, 1.0))
+@pytest.mark.parametrize("theta", (0.5, 1.0))
 def test_is_the_block_of_theta_layers_solved_to_the_end(theta, getkey):
     net = eqi.FPResNet(_field(getkey()), 4, theta, 0.8, tolerance=1e-10)
     solver = eqi.RootAsFixedPoint(optx.Newton(1e-13, 1e-13))
@@ -73,7 +73,7 @@ def test_is_the_block_of_theta_layers_solved_to_the_end(theta, getkey):
     expected, expected_gradient = run(field, y, exact)
     assert jnp.allclose(value, expected, rtol=1e-8)
     assert eqx.tree_equal(gradient, expected_gradient, rtol=1e-7, atol=1e-9)
-    assert jnp.allclose(net(y), net.block(y), rtol=1e-14)
+    assert jnp.allclose(eqx.filter_jit(net)(y), net.block(y), rtol=1e-12)
 
 
 def test_no_contraction_is_refused(getkey):
@@ -92,8 +92,14 @@ def test_no_contraction_is_refused(getkey):
 def test_layers_of_their_own(getkey):
     fields = eqx.filter_vmap(_field)(jr.split(getkey(), 3))
     net = eqi.FPResNet(fields, 3, tolerance=1e-10, stacked=True)
-    y = expected = jr.normal(getkey(), (3,))
-    for k in range(3):
-        field = jax.tree.map(lambda x: x[k] if eqx.is_array(x) else x, fields)
-        expected = eqi.ThetaLayer(field)(expected, float(k))
-    assert jnp.allclose(net(y), expected, atol=1e-6)
+    y = jr.normal(getkey(), (3,))
+
+    @eqx.filter_jit
+    def one_by_one(fields, y):
+        for k in range(3):
+            field = jax.tree.map(lambda x: x[k] if eqx.is_array(x) else x, fields)
+            y = eqi.ThetaLayer(field)(y, float(k))
+        return y
+
+    expected = one_by_one(fields, y)
+    assert jnp.allclose(eqx.filter_jit(net)(y), expected, atol=1e-6)

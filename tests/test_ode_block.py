@@ -182,6 +182,7 @@ def test_the_gradient_of_a_reversible_block_is_that_of_stored_states(stacked, ge
         assert eqx.tree_equal(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 def test_the_gradient_of_a_reversible_block_stores_no_states(getkey):
     layer, y = _layer(getkey(), step_size=0.01), jr.normal(getkey(), (3,))
 

@@ -271,14 +271,16 @@ def test_anderson_needs_as_many_evaluations_at_every_scale(scale):
 
 
 @pytest.mark.parametrize("history_size", [1, 3])
-def test_broyden_survives_a_singular_step_and_a_full_history(history_size):
-    # f is flat far out and singular at the root of f(z) - z.
+def test_broyden_survives_a_singular_step_and_a_full_history(history_size, getkey):
+    # f(z) - z is constant far out and singular at its root: many starts end in a cycle.
     f = lambda z, _: jnp.where(z > 0, z - z**3, z + 1)
     solver = eqi.Broyden(0.0, 1e-6, history_size=history_size)
-    sol = solve(f, solver, jnp.array([-3.0, 2.0, 0.5]), max_steps=400)
+    starts = 3 * jr.normal(getkey(), (50, 3))
+    sol = jax.vmap(lambda z: solve(f, solver, z, max_steps=400))(starts)
+    residual = jnp.max(jnp.abs(f(sol.value, None) - sol.value), axis=1)
     assert jnp.all(jnp.isfinite(sol.value))
-    assert sol.result == optx.RESULTS.successful
-    assert jnp.max(jnp.abs(f(sol.value, None) - sol.value)) < 1e-6
+    assert jnp.array_equal(sol.result == optx.RESULTS.successful, residual < 1e-6)
+    assert jnp.mean(residual < 1e-6) > 0.5
 
 
 def test_broyden_runs_long_after_its_history_is_full():
@@ -348,11 +350,11 @@ def test_changing_an_array_tolerance_does_not_recompile():
 
 @pytest.mark.parametrize("cls", [eqi.Picard, eqi.Anderson, eqi.Broyden])
 def test_bad_tolerances_and_dampings_are_refused(cls):
-    with pytest.raises(ValueError, match="`rtol` must not be negative. Got -0.1"):
+    with pytest.raises(ValueError, match="`rtol` must not be negative or.*-0.1"):
         cls(-0.1, 1e-3)
     with pytest.raises(ValueError, match="`atol` must not be negative"):
         cls(1e-3, -1.0)
-    with pytest.raises(ValueError, match="must not be negative. Got nan"):
+    with pytest.raises(ValueError, match="must not be negative or NaN. Got nan"):
         cls(float("nan"), 1e-3)
     with pytest.raises(ValueError, match="must not both be zero"):
         cls(0.0, 0.0)
@@ -400,6 +402,7 @@ def lowered(solver, batch=False):
     return jax.jit(solve_all).lower(jnp.ones((3, 50)) if batch else jnp.ones(50))
 
 
+@pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
 def test_history_is_updated_in_place(cls):
     text = lowered(cls(1e-3, 1e-3, history_size=7)).compile().as_text()
@@ -408,12 +411,14 @@ def test_history_is_updated_in_place(cls):
     assert not re.search(r"f64\[7,50\]\S* copy\(%(?!wrapped_broadcast)", body)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
 def test_batched_history_is_never_scattered_into(cls):
     text = lowered(cls(1e-3, 1e-3, history_size=7), batch=True).compile().as_text()
     assert not re.search(r" (scatter|gather)\(", text)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
 def test_program_does_not_grow_with_the_history_nor_call_lapack(cls):
     short, long = (lowered(cls(1e-3, 1e-3, history_size=m)) for m in (3, 100))

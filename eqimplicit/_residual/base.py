@@ -20,7 +20,7 @@ from .._linear_solver.fixed_point import FixedPointLinearSolver
 from .._linear_solver.gmres import GMRES
 from .._misc import all_finite, check_positive, state_dtype
 from .._parametrisation.base import resolve
-from .._parametrisation.spectrum import BoundedSpectrum
+from .._parametrisation.bounded import BoundedSpectrum
 from .._solver.anderson import Anderson
 from .._solver.as_fixed_point import RootAsFixedPoint
 from .._solver.picard import Picard

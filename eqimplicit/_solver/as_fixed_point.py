@@ -61,8 +61,12 @@ class _AbstractAsFixedPoint(
         """`f` and its auxiliary output at `y`, the next iterate and the inner state."""
 
     @abc.abstractmethod
-    def measure(self, y: Y, image: PyTree[Array], new_y: Y) -> Measurement:
-        """Of `y`, with its image under `f` and the iterate that follows it."""
+    def measure(
+        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
+    ) -> Measurement:
+        """Of `y`, with its image under `f`, the iterate that follows it, and whether
+        the inner solver has succeeded in finding that.
+        """
 
     @property
     def rtol(self):
@@ -105,7 +109,11 @@ class _AbstractAsFixedPoint(
         (image, aux), new_y, inner_state = self.evaluate_and_step(
             fn, y, args, options, state.inner_state, tags
         )
-        measurement = self.measure(y, image, new_y)
+        _, inner_result = self.inner.terminate(
+            self.objective(fn), new_y, args, options, inner_state, tags
+        )
+        stepped = inner_result == optx.RESULTS.successful
+        measurement = self.measure(y, image, new_y, stepped)
         return new_y, _InnerState(y, measurement, inner_state), aux
 
     def terminate(
@@ -206,12 +214,15 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
         )
         return image_and_aux, new_y, inner_state
 
-    def measure(self, y: Y, image: PyTree[Array], new_y: Y) -> Measurement:
+    def measure(
+        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
+    ) -> Measurement:
         measurement = measure(self, y, image)
         if not self.judge_step:
             return measurement
         by_step = measure(self, y, new_y)
-        error = jnp.where(by_step.converged, by_step.error, measurement.error)
+        short = stepped & by_step.converged
+        error = jnp.where(short, by_step.error, measurement.error)
         return Measurement(error=error, residual=measurement.residual)
 
 
@@ -279,5 +290,7 @@ class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
         new_y, inner_state, _ = self.minimiser.step(self.objective(fn), y, args, *rest)
         return fn(y, args), new_y, inner_state
 
-    def measure(self, y: Y, image: PyTree[Array], new_y: Y) -> Measurement:
+    def measure(
+        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
+    ) -> Measurement:
         return measure(self, y, image)
