@@ -91,8 +91,8 @@ class DiffusionReaction(eqx.Module):
 
 def make_block(theta: float, config: Config, key) -> eqi.ODEBlock:
     network = dynamics.mlp(1, 1, 16, 2, jnp.tanh, key)
-    # Five times less than the true one.
-    field = DiffusionReaction(jnp.log(jnp.array(DIFFUSIVITY / 5)), network)
+    # Half of the true one.
+    field = DiffusionReaction(jnp.log(jnp.array(DIFFUSIVITY / 2)), network)
     layer = eqi.ThetaLayer(field, theta, config.step_size)
     return eqi.ODEBlock(layer, config.num_steps)
 

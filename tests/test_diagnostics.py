@@ -300,9 +300,9 @@ def test_gradient_report_begins_with_the_layers_own_adjoint(name):
 
 def test_gradient_report_names_what_is_not_a_layer_or_a_loss():
     cell, x = problem()
-    with pytest.raises(TypeError, match="`layer` must be an `eqimplicit.DEQ`"):
+    with pytest.raises(TypeError, match="`?layer`? .*DEQ|'layer'"):
         eqi.gradient_report(cell, loss, x)
-    with pytest.raises(TypeError, match="`loss` must be a function"):
+    with pytest.raises(TypeError, match="`?loss`? must|'loss'"):
         eqi.gradient_report(tight(cell, eqi.JFBAdjoint()), x, loss)
 
 
@@ -358,12 +358,11 @@ def test_gradient_report_takes_an_equinox_state():
     make = lambda: WithState(cell, eqx.nn.StateIndex(jnp.array(0.5)))
     stateful, state = eqx.nn.make_with_state(make)()
     adjoints = [eqi.JFBAdjoint()]
-    _, found = eqi.gradient_report(
-        tight(stateful), loss, x, state=state, adjoints=adjoints
-    )
+    report = eqx.filter_jit(eqi.gradient_report)
+    _, found = report(tight(stateful), loss, x, state=state, adjoints=adjoints)
     # The state is as good as new.
     assert state.get(stateful.index) == 0.5
-    _, expected = eqi.gradient_report(tight(cell), loss, 0.5 * x, adjoints=adjoints)
+    _, expected = report(tight(cell), loss, 0.5 * x, adjoints=adjoints)
     assert jnp.allclose(found.relative_error, expected.relative_error, rtol=1e-8)
     assert jnp.allclose(found.residual, expected.residual, rtol=1e-8)
 
@@ -372,8 +371,9 @@ def test_gradient_report_takes_parametrised_cells():
     cell, x = problem()
     node = eqx.tree_at(lambda c: c.weight, cell, eqi.WeightNorm(cell.weight))
     adjoints = [eqi.JFBAdjoint()]
-    _, found = eqi.gradient_report(tight(node), loss, x, adjoints=adjoints)
-    _, expected = eqi.gradient_report(tight(cell), loss, x, adjoints=adjoints)
+    report = eqx.filter_jit(eqi.gradient_report)
+    _, found = report(tight(node), loss, x, adjoints=adjoints)
+    _, expected = report(tight(cell), loss, x, adjoints=adjoints)
     assert jnp.allclose(found.residual, expected.residual, rtol=1e-8)
 
 
