@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
 
@@ -93,7 +94,8 @@ class FPResNet(eqx.Module):
         """
         check_positive("tolerance", tolerance)
         if lipschitz is None and isinstance(vector_field, BoundedSpectrum):
-            lipschitz = float(max(abs(vector_field.alpha), abs(vector_field.beta)))
+            limits = vector_field.alpha, vector_field.beta
+            lipschitz = max(float(np.max(np.abs(limit))) for limit in limits)
         self.contraction = theta * step_size * (1.0 if lipschitz is None else lipschitz)
         self.tolerance = tolerance
         if not 0 <= self.contraction < 1:

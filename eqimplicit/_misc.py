@@ -37,6 +37,12 @@ def state_dtype(tree: PyTree[Any], remedy: str = "") -> jnp.dtype:
     return first.dtype
 
 
+def inexact(x: Any) -> Array:
+    """An array of real or complex numbers, also of integers."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Norms and small dense algebra are computed in at least single precision."""
     dtype = jnp.dtype(dtype)

@@ -220,7 +220,7 @@ def draw(config: Config, shapes) -> None:
         seen = config.step_size * config.num_steps
         axis.axhline(seen, color="black", linewidth=1)
         axis.set_xlabel("x")
-    axes[0, 0].set_ylabel("time (training window below the line)")
+    axes[0, 0].set_ylabel("time (trained below the line)")
     title = f"Allen-Cahn, {config.size} unknowns: an unseen initial state"
     figures.save(figure, config.out, "forecasts.png", title)
 

@@ -103,3 +103,9 @@ def test_layers_of_their_own(getkey):
 
     expected = one_by_one(fields, y)
     assert jnp.allclose(eqx.filter_jit(net)(y), expected, atol=1e-6)
+
+
+def test_bounds_may_be_arrays(getkey):
+    bounded = lambda alpha: eqi.BoundedSpectrum(lambda t, y, args: y, alpha, 0.5)
+    fields = eqx.filter_vmap(bounded)(jnp.array([-1.0, -1.5]))
+    assert eqi.FPResNet(fields, 2, stacked=True).contraction == 0.75

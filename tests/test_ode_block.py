@@ -221,3 +221,28 @@ def test_bad_arguments_are_named(getkey):
         eqi.ODEBlock(lambda y: y, 3)
     with pytest.raises(ValueError, match=r"weight.*\(3, 3\)"):
         eqi.ODEBlock(_layer(getkey()), 4, stacked=True)
+
+
+def test_a_fast_first_step_does_not_lead_to_another_root():
+    """The equation of a step is quadratic: from too far off, its other root wins."""
+    layer = eqi.ThetaLayer(lambda t, y, args: -20.0 * y**2, 1.0, 0.1)
+    y = jnp.array([1.0])
+    states = eqx.filter_jit(eqi.ODEBlock(layer, 4).trajectory)(y)
+    for expected in states[1:]:
+        y = (jnp.sqrt(1 + 8 * y) - 1) / 4
+        assert jnp.allclose(expected, y, rtol=1e-6)
+
+
+def test_a_reversible_block_may_start_at_zero(getkey):
+    layer = _layer(getkey())
+    inner = layer.vector_field
+    field = lambda t, y, args: inner(t, y, None) + jnp.cos(t + args)
+    layer = eqi.ThetaLayer(field, 0.5, 0.1, solver=layer.solver)
+
+    @eqx.filter_jit
+    def gradient(reversible):
+        block = eqi.ODEBlock(layer, 10, reversible=reversible)
+        loss = lambda y, a: jnp.sum(jnp.sin(block(y, 0.0, a)))
+        return jax.grad(loss, (0, 1))(jnp.zeros(3), jnp.array(0.3))
+
+    assert eqx.tree_equal(gradient(True), gradient(False), rtol=1e-9, atol=1e-11)

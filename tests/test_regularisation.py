@@ -215,3 +215,24 @@ def test_lipschitz_constant_of_linear_layers(getkey):
     block = eqx.filter_jit(estimate)(eqi.ODEBlock(layer, 3))
     expected = jnp.linalg.norm(jnp.linalg.matrix_power(step, 3), 2)
     assert jnp.allclose(block, expected, rtol=1e-6)
+
+
+def test_total_variation_is_that_of_what_is_trained(getkey):
+    key = getkey()
+
+    def make(alpha, probe):
+        network = eqx.nn.MLP(2, 2, 4, 1, key=key)
+        network = eqi.with_spectral_norm(network, key=probe)
+        return eqi.BoundedSpectrum(network, alpha, 1.0, jnp.zeros(2))
+
+    stacked = eqx.filter_vmap(make)(jnp.array([-1.0, -2.0]), jr.split(getkey(), 2))
+    assert eqi.total_variation(stacked) == 0
+    gradient = eqx.filter_grad(eqi.total_variation)(stacked)
+    assert all(jnp.all(x == 0) for x in jax.tree.leaves(gradient))
+
+
+def test_a_part_without_weight_is_not_computed(getkey):
+    """Its derivative at zero is infinite."""
+    root = lambda t, y, args: jnp.sqrt(jnp.abs(y))
+    block = eqi.ODEBlock(eqi.ThetaLayer(root, 0.0, 0.1), 3)
+    assert eqi.kinetic_penalty(block, jnp.zeros((4, 2)), key=getkey()) == 0

@@ -207,3 +207,11 @@ def test_bad_arguments_are_named(getkey):
         eqi.RungeKuttaLayer(field, (GAUSS(1), GAUSS(1)))(jnp.ones(3))
     with pytest.raises(ValueError, match="step_size"):
         eqi.RungeKuttaLayer(field, GAUSS(1), -1.0)
+
+
+def test_many_stages_are_as_accurate_as_few():
+    tableau = GAUSS(16)
+    a, b = np.asarray(tableau.a), np.asarray(tableau.b)
+    # What makes the method symplectic.
+    assert np.allclose(b[:, None] * a + (b[:, None] * a).T, np.outer(b, b), atol=1e-14)
+    assert np.isclose(sum(RADAU(10).b), 1, rtol=1e-13)

@@ -185,3 +185,22 @@ def test_bad_arguments_are_named(getkey):
         eqi.BoundedSpectrum(3, -1.0, 1.0)
     with pytest.raises(ValueError, match="alpha"):
         eqi.BoundedSpectrum(lambda t, y, args: y, 1.0, -1.0)
+
+
+def test_a_field_whose_iteration_may_not_contract_is_solved_otherwise(getkey):
+    size = 70
+    mlp = eqx.nn.MLP(size, size, 20, 1, jnp.tanh, key=getkey())
+    field = Field(eqi.with_spectral_norm(mlp, key=getkey()))
+    y = jr.normal(getkey(), (size,))
+    for alpha, beta, h in ((-100.0, 0.0, 1.0), (0.0, 5.0, 0.5)):
+        layer = eqi.ThetaLayer(eqi.BoundedSpectrum(field, alpha, beta), 1.0, h)
+        solution = eqx.filter_jit(layer.solve)(y)
+        slope = eqi.resolve(layer.vector_field)(0.0, solution.value, None)
+        solved = solution.result == optx.RESULTS.successful
+        found = jnp.allclose(solution.value, y + h * slope, atol=1e-4)
+        assert found or not solved
+        assert solved or beta > 0
+    layer = eqi.ThetaLayer(eqi.BoundedSpectrum(field, -5.0, -3.0), 0.5, 0.1)
+    back = eqx.filter_jit(lambda y: layer.invert(layer(y)))(y)
+    assert back.result == optx.RESULTS.successful
+    assert jnp.allclose(back.value, y, atol=1e-4)

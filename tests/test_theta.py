@@ -298,3 +298,34 @@ def test_a_field_that_does_not_match_its_state_is_named(theta):
         layer({"a": jnp.ones(3)})
     with pytest.raises(ValueError, match="int"):
         layer({"a": jnp.arange(3)})
+
+
+def test_an_inexact_step_is_no_measure_of_the_error():
+    """Of one that a Krylov method has left short for half of the unknowns."""
+    rates = jnp.concatenate([jnp.full(50, 1e6), jnp.full(50, 0.5)])
+    y = jnp.concatenate([jnp.full(50, 5e-7), jnp.full(50, 4e-3)])
+    layer = eqi.ThetaLayer(lambda t, y, args: -rates * y, 1.0, 1.0)
+    solution = eqx.filter_jit(layer.solve)(y)
+    right = jnp.allclose(solution.value, y / (1 + rates), atol=1e-5)
+    assert right or solution.result != optx.RESULTS.successful
+
+
+def test_args_may_hold_anything():
+    layer = eqi.ThetaLayer(lambda t, y, args: args["fn"](y) * args["a"], 0.5, 0.1)
+    args = {"fn": jnp.tanh, "a": jnp.array(0.3), "name": "x"}
+    y = jnp.array([0.5])
+    expected = eqi.ThetaLayer(lambda t, y, args: jnp.tanh(y) * 0.3, 0.5, 0.1)(y)
+    assert jnp.allclose(layer(y, 0.0, args), expected, rtol=1e-12)
+
+
+def test_an_explicit_step_can_throw_as_well():
+    layer = eqi.ThetaLayer(lambda t, y, args: y / 0.0, 0.0, 0.1, throw=True)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="Nonfinite"):
+        layer(jnp.ones(2))
+
+
+def test_stability_functions_take_integers():
+    assert eqi.stability_function(-2, 0.5) == 0
+    tableau = eqi.ButcherTableau.gauss_legendre(2)
+    expected = tableau.stability_function(-2.0)
+    assert jnp.allclose(tableau.stability_function(-2), expected, rtol=1e-14)

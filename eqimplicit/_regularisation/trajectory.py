@@ -9,6 +9,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._misc import check_positive_int, ravel
+from .._parametrisation.bounded import BoundedSpectrum
+from .._parametrisation.spectrum import SpectralNorm
 from .._residual.ode_block import ODEBlock
 from .base import divergence_and_frobenius, jacobian_frobenius
 
@@ -23,17 +25,32 @@ def total_variation(stacked: PyTree[Any]) -> Float[Array, ""]:
     **Arguments:**
 
     - `stacked`: a pytree whose floating arrays have a leading axis, one entry a layer;
-        all else in it is ignored. For a stacked [`eqimplicit.ODEBlock`][], its
+        all else in it is ignored, and so are the bounds of constraints and the vectors
+        of [`eqimplicit.SpectralNorm`][]. For a stacked [`eqimplicit.ODEBlock`][], its
         `layer.vector_field`.
 
     **Returns:**
 
     A scalar, zero for a single layer.
     """
-    leaves = [x for x in jtu.tree_leaves(stacked) if _is_floating(x)]
+    leaves = [x for x in jtu.tree_leaves(_trained(stacked)) if _is_floating(x)]
     return sum(
         (jnp.sum(jnp.square(jnp.diff(leaf, axis=0))) for leaf in leaves), jnp.zeros(())
     )
+
+
+def _trained(tree: PyTree[Any]) -> PyTree[Any]:
+    """Without what is no parameter: vectors of power iterations, and bounds."""
+
+    def replace(node):
+        if isinstance(node, SpectralNorm):
+            return node.weight
+        if isinstance(node, BoundedSpectrum):
+            return _trained(node.vector_field), node.scale
+        return node
+
+    is_leaf = lambda x: isinstance(x, SpectralNorm | BoundedSpectrum)
+    return jtu.tree_map(replace, tree, is_leaf=is_leaf)
 
 
 def _is_floating(x: Any) -> bool:
@@ -171,11 +188,13 @@ def kinetic_penalty(
     def at(t, y, key):
         field = lambda y: block.vector_field(t, y, args, t0)
         value = ravel(field(y))[0]
+        dtype = value.dtype
+        kinetic = jnp.asarray(kinetic_weight, dtype) * jnp.vdot(value, value)
+        if _is_zero(jacobian_weight):
+            return kinetic
         square = jacobian_frobenius(
             field, y, key=key, num_samples=num_samples, probe=probe
         )
-        dtype = value.dtype
-        kinetic = jnp.asarray(kinetic_weight, dtype) * jnp.vdot(value, value)
         return kinetic + jnp.asarray(jacobian_weight, dtype) * square
 
     values = jax.vmap(at)(times, states, jr.split(key, len(times)))

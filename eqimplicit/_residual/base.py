@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -136,11 +135,12 @@ def _defaults(z0, field, weight):
     if sum(leaf.size for leaf in jtu.tree_leaves(z0)) <= 64:
         newton = optx.Newton(tolerance, tolerance, linear_solver=lx.LU())
         return RootAsFixedPoint(newton, judge_step=True), ImplicitAdjoint(lx.LU())
-    if isinstance(field, BoundedSpectrum):
+    if isinstance(field, BoundedSpectrum) and field.contracts(weight):
         picard = Picard(tolerance, tolerance, damping=field.damping(weight))
         return picard, ImplicitAdjoint(FixedPointLinearSolver(picard))
     newton = optx.Newton(tolerance, tolerance, linear_solver=GMRES(1e-2, 0.0))
-    return RootAsFixedPoint(newton, judge_step=True), ImplicitAdjoint()
+    # Not judged by its steps, which an inexact solve may leave short.
+    return RootAsFixedPoint(newton), ImplicitAdjoint()
 
 
 def check_residual_layer(
@@ -169,7 +169,7 @@ def prepare(
     y = jtu.tree_map(jnp.asarray, y)
     state_dtype(y, "Pass a `y` of floating arrays.")
     field = resolve(vector_field)
-    derivative = jax.eval_shape(field, t, y, args)
+    derivative = eqx.filter_eval_shape(field, t, y, args)
     remedy = "A derivative is of the same kind as its state."
     check_same_structure("vector_field", derivative, y, remedy)
     return field, y
@@ -184,11 +184,13 @@ def initial_guess(y: PyTree[Array], z0: PyTree[Array] | None) -> PyTree[Array]:
     return y if z0 is None else lax.stop_gradient(z0)
 
 
-def explicit_solution(value: PyTree[Array]) -> optx.Solution:
+def explicit_solution(value: PyTree[Array], throw: bool = False) -> optx.Solution:
     """That of a step for which nothing had to be solved."""
     result = optx.RESULTS.where(
         all_finite(value), optx.RESULTS.successful, optx.RESULTS.nonfinite
     )
+    if throw:
+        value = result.error_if(value, result != optx.RESULTS.successful)
     residual = jnp.zeros((), state_dtype(value))
     stats = {"num_steps": jnp.array(0), "residual": residual}
     return optx.Solution(value=value, result=result, aux=None, stats=stats, state=None)

@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Y
 from .._misc import check_positive_int, two_norm
@@ -157,7 +157,9 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     `num_steps`, and about twice the work. For layers that step backwards as stably as
     forwards, such as those with theta = 1/2; a dissipative field is unstable backwards,
     the more the stiffer. If the way back misses the initial state by more than a
-    hundredth, the gradient is NaN. Reverse mode only, and only of the first order.
+    hundredth (of the sizes of the two ends), the gradient is NaN. Reverse mode only, of
+    the first order, and with respect to the block, `y0`, `t0` and `args`: what the
+    vector field closes over must not be traced.
 
 **Raises:** a `ValueError` if `num_steps` is below 1 or does not fit the arrays of
 stacked layers; a `TypeError` if `layer` is no such layer.
@@ -170,19 +172,23 @@ class _Path(eqx.Module):
     y: PyTree[Array]
     change: PyTree[Array]
     bend: PyTree[Array]
+    is_line: Bool[Array, ""]
 
     def extrapolate(self):
-        """On the parabola through the last three states."""
+        """On the parabola through the last three states, if there are as many."""
         return jtu.tree_map(lambda *x: sum(x), self.y, self.change, self.bend)
 
     def append(self, y):
         change = jtu.tree_map(jnp.subtract, y, self.y)
-        return _Path(y, change, jtu.tree_map(jnp.subtract, change, self.change))
+        bend = jtu.tree_map(
+            lambda a, b: jnp.where(self.is_line, a - b, 0), change, self.change
+        )
+        return _Path(y, change, bend, jnp.array(True))
 
 
 def _start(y):
     zero = jtu.tree_map(jnp.zeros_like, y)
-    return _Path(y, zero, zero)
+    return _Path(y, zero, zero, jnp.array(False))
 
 
 def _scan(inputs, keep):
@@ -254,7 +260,7 @@ def _backward(last, cotangent, perturbed, inputs):
         step, start, (stack, times[:-1]), reverse=True
     )
     missed = two_norm(jtu.tree_map(jnp.subtract, path.y, y0))
-    size = two_norm(jtu.tree_map(jnp.add, path.y, y0)) / 2
+    size = two_norm(y0) + two_norm(last)
     lost = ~(missed <= 0.01 * size)
     times_bar = jnp.append(times_bar, 0)
     bars = (stack_bar, shared_bar), y_bar, times_bar, args_bar

@@ -12,7 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
-from .._misc import check_positive_int
+from .._misc import check_positive_int, inexact
 from .base import (
     AbstractResidualLayer,
     check_residual_layer,
@@ -105,7 +105,7 @@ class ButcherTableau:
 
         $R(z)$, of the shape of `z`.
         """
-        z = jnp.asarray(z)
+        z = inexact(z)
         a, b = (jnp.asarray(x, z.dtype) for x in (self.a, self.b))
         eye = jnp.eye(len(b), dtype=z.dtype)
 
@@ -116,10 +116,13 @@ class ButcherTableau:
 
 
 def _collocation(nodes: np.ndarray) -> ButcherTableau:
-    """Integrates, to each node and to one, the polynomials that are one at one node."""
-    powers = np.arange(len(nodes))
-    coefficients = np.linalg.inv(nodes[:, None] ** powers)
-    integrals = lambda x: x ** (powers + 1) / (powers + 1) @ coefficients
+    """Integrates, from zero to each node and to one, the polynomials that are one at
+    one node and zero at the others, which are sums of Legendre polynomials.
+    """
+    legendre, size = np.polynomial.legendre, len(nodes)
+    sums = np.linalg.inv(legendre.legvander(2 * nodes - 1, size - 1))
+    antiderivatives = legendre.legint(sums, lbnd=-1) / 2
+    integrals = lambda x: legendre.legval(2 * x - 1, antiderivatives)
     floats = lambda row: tuple(float(x) for x in row)
     a = tuple(floats(integrals(node)) for node in nodes)
     return ButcherTableau(a, floats(integrals(1.0)), floats(nodes))

@@ -2,12 +2,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
+from .._misc import inexact
 from .base import (
     AbstractResidualLayer,
     add,
@@ -95,7 +95,7 @@ class ThetaLayer(AbstractResidualLayer):
     def _step(self, y, t, args, z0, h, theta):
         field, y = prepare(self.vector_field, y, t, args)
         if theta == 0:
-            return explicit_solution(add(y, h, field(t, y, args)))
+            return explicit_solution(add(y, h, field(t, y, args)), self.throw)
         if self.form == "midpoint":
             start, stage_time = y, t + theta * h
         else:
@@ -121,11 +121,13 @@ ThetaLayer.__init__.__doc__ = r"""**Arguments:**
     differentiated.
 - `form`: `"midpoint"` or `"trapezoid"`. On linear fields they agree.
 - `solver`: an [`optimistix.AbstractFixedPointSolver`][]. By default Newton's method
-    ([`eqimplicit.RootAsFixedPoint`][], judged by its step as well), to the larger of
-    1e-6 and ten roundings: with a dense Jacobian for up to 64 unknowns, with
-    [`eqimplicit.GMRES`][] above; above and with a [`eqimplicit.BoundedSpectrum`][]
-    [`eqimplicit.Picard`][] with [`eqimplicit.BoundedSpectrum.damping`][]; in half
-    precision [`eqimplicit.Anderson`][].
+    ([`eqimplicit.RootAsFixedPoint`][]), to the larger of 1e-6 and ten roundings: with a
+    dense Jacobian for up to 64 unknowns, judged by its step as well; above, with
+    [`eqimplicit.GMRES`][], which on a very stiff field may not finish (pass Newton's
+    method with `lineax.LU()`), or, where the field is a
+    [`eqimplicit.BoundedSpectrum`][] that contracts well, [`eqimplicit.Picard`][] with
+    [`eqimplicit.BoundedSpectrum.damping`][]; in half precision
+    [`eqimplicit.Anderson`][].
 - `adjoint`: an [`optimistix.AbstractAdjoint`][]. By default
     [`eqimplicit.ImplicitAdjoint`][]: with a dense factorisation for up to 64 unknowns,
     with its own default above; with a [`eqimplicit.BoundedSpectrum`][], with the
@@ -175,5 +177,5 @@ def stability_function(z: Any, theta: float) -> Any:
 
     $R(z)$, of the shape of `z`.
     """
-    z = jnp.asarray(z)
+    z = inexact(z)
     return (1 + (1 - theta) * z) / (1 - theta * z)
