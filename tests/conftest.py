@@ -1,12 +1,20 @@
+import os
+from importlib.metadata import version
+
 import jax
 import jax.random as jr
 import pytest
 
 
+# Most of the time of the tests goes into compiling, each program to be run once. The
+# fusion emitters, which later versions cannot do without, take half of it.
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time of the tests goes into compiling, each program to be run once.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
