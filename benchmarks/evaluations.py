@@ -1,19 +1,19 @@
 """How many evaluations of f each solver takes to ||f(z) - z||_2 < 1e-6, in float64.
 
-Prints a table: for each family of problems, the range over the seeds. The reference is
-Broyden's method with full memory, which starts from -I and takes unit steps.
+For each family of problems, the range over the seeds. The reference is Broyden's method
+with full memory, which starts from -I and takes unit steps.
 """
 
-import argparse
 import functools as ft
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+from bench import Row
 
 import eqimplicit as eqi
 
@@ -96,7 +96,7 @@ def count_full_memory_broyden(problem: Problem) -> int:
     return evaluations
 
 
-def _range(counts: list[int | None]) -> str:
+def _range(counts: Sequence[int | None]) -> str:
     if all(count is None for count in counts):
         return "none"
     found = [count for count in counts if count is not None]
@@ -106,20 +106,14 @@ def _range(counts: list[int | None]) -> str:
     )
 
 
-def main(num_seeds: int = 5) -> None:
-    jax.config.update("jax_enable_x64", True)
+def table(num_seeds: int) -> list[Row]:
     seeds = [make_problems(seed) for seed in range(num_seeds)]
-    print("| problem | full-memory Broyden | " + " | ".join(SOLVERS) + " |")
-    print("|---" * (len(SOLVERS) + 2) + "|")
+    rows = []
     for name in seeds[0]:
         problems = [problems[name] for problems in seeds]
-        cells = [_range([count_full_memory_broyden(p) for p in problems])]
-        for solver in SOLVERS.values():
-            cells.append(_range([count(solver, p) for p in problems]))
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-seeds", type=int, default=5)
-    main(parser.parse_args().num_seeds)
+        counts = [count_full_memory_broyden(p) for p in problems]
+        row = {"problem": name, "full-memory Broyden": _range(counts)}
+        for solver_name, solver in SOLVERS.items():
+            row[solver_name] = _range([count(solver, p) for p in problems])
+        rows.append(row)
+    return rows

@@ -332,6 +332,15 @@ def test_statistics_are_updated_once_and_only_in_training():
     assert eqx.tree_equal(same, new_state)
 
 
+def test_reductions_over_axes_of_a_state_do_not_couple_examples(getkey):
+    """Attention reduces over axes that are NumPy integers."""
+    attention = eqx.nn.MultiheadAttention(2, 2, key=getkey())
+    cell = lambda z, x: 0.1 * attention(z, z, z) + x
+    xs = jr.normal(getkey(), (3, 4, 2))
+    zs = jax.vmap(eqi.DEQ(cell, eqi.Anderson(1e-10, 1e-10)))(xs)
+    assert jnp.allclose(zs, jax.vmap(cell)(zs, xs), atol=1e-9)
+
+
 def test_a_cell_that_couples_examples_is_refused_under_vmap():
     cell, state, xs = batch_problem()
     deq = eqi.DEQ(cell)

@@ -1,29 +1,22 @@
 """The examples that learn differential equations: what each claims, in miniature."""
 
 import json
-import pathlib
-import sys
 
+import allen_cahn
+import command_line
+import dynamics
 import jax
 import jax.numpy as jnp
+import lotka_volterra
 import numpy as np
+import optax
 import pytest
+import sine_regression
+import spiral
+import stability
+import stiff_ode
 
 import eqimplicit as eqi
-
-
-_root = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(_root / "examples"))
-
-import allen_cahn  # noqa: E402  # pyright: ignore[reportMissingImports]
-import command_line  # noqa: E402  # pyright: ignore[reportMissingImports]
-import dynamics  # noqa: E402  # pyright: ignore[reportMissingImports]
-import lotka_volterra  # noqa: E402  # pyright: ignore[reportMissingImports]
-import optax  # noqa: E402
-import sine_regression  # noqa: E402  # pyright: ignore[reportMissingImports]
-import spiral  # noqa: E402  # pyright: ignore[reportMissingImports]
-import stability  # noqa: E402  # pyright: ignore[reportMissingImports]
-import stiff_ode  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 pytestmark = pytest.mark.usefixtures("default_configuration")

@@ -8,6 +8,9 @@ import struct
 import subprocess
 import sys
 
+import command_line
+import image_classification
+import image_data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +18,6 @@ import pytest
 
 
 _root = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(_root / "examples"))
-
-import command_line  # noqa: E402  # pyright: ignore[reportMissingImports]
-import image_classification  # noqa: E402  # pyright: ignore[reportMissingImports]
-import image_data  # noqa: E402  # pyright: ignore[reportMissingImports]
-
-
 pytestmark = pytest.mark.usefixtures("default_configuration")
 
 

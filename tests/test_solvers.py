@@ -2,6 +2,7 @@ import math
 import re
 
 import equinox as eqx
+import evaluations
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -11,7 +12,6 @@ import optimistix as optx
 import pytest
 
 import eqimplicit as eqi
-from benchmarks import evaluations
 
 from .helpers import ITERATIONS, matrix_of_norm, orthogonal, solve, SOLVERS, tanh_map
 

@@ -1,4 +1,5 @@
 import functools as ft
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,8 +74,9 @@ def _named_axes(jaxpr: jex.core.Jaxpr, bound: frozenset[Any]) -> Iterator[Any]:
         for key in ("axes", "axis_name"):
             axes = eqn.params.get(key, ())
             axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-            # Integers are axes of arrays, and only mapped axes have names.
-            yield from (a for a in axes if not isinstance(a, int) and a not in bound)
+            # Integers, NumPy's too, are axes of arrays. Only mapped axes have names.
+            names = (a for a in axes if not isinstance(a, numbers.Integral))
+            yield from (name for name in names if name not in bound)
         for param in jtu.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(param):
                 yield from _named_axes(getattr(param, "jaxpr", param), inner)

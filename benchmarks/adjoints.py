@@ -1,0 +1,169 @@
+"""What a gradient costs: its error against its time and its products with J, for every
+adjoint; and the memory and compilation that it takes.
+
+    python benchmarks/adjoints.py
+"""
+
+import functools as ft
+import time
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import optimistix as optx
+from bench import draw_lines, Row, run, take_turns
+
+import eqimplicit as eqi
+
+
+class Cell(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, z, x):
+        return jnp.tanh(z @ self.weight.T + x)
+
+
+def make_problem(map: str, size: int, batch: int) -> tuple[Cell, jax.Array]:
+    """An easy map, whose weight is Gaussian, or a hard one, 0.9 times orthogonal and
+    with inputs so small that tanh hardly damps it.
+    """
+    weight = jr.normal(jr.key(0), (size, size))
+    x = jr.normal(jr.key(1), (batch, size))
+    if map == "Gaussian":
+        return Cell(0.45 * weight / (2 * size**0.5)), x
+    return Cell(0.9 * jnp.linalg.qr(weight)[0]), 0.01 * x
+
+
+def exact_gradient(cell: Cell, x: jax.Array) -> np.ndarray:
+    """Of half the sum of squares of the fixed point, with respect to the weight, by
+    dense linear algebra in float64.
+    """
+    weight, x64 = np.asarray(cell.weight, np.float64), np.asarray(x, np.float64)
+    z = np.zeros_like(x64)
+    for _ in range(2000):
+        z = np.tanh(z @ weight.T + x64)
+    slope = 1 - z**2
+    eye = np.eye(len(weight))
+    w = [np.linalg.solve(eye - weight.T * s, y) for s, y in zip(slope, z)]
+    return (np.array(w) * slope).T @ z
+
+
+def _implicit(tolerance):
+    fallback = eqi.GMRES(tolerance, 0.0)
+    return eqi.ImplicitAdjoint(eqi.NeumannKrylov(tolerance, 0.0, fallback))
+
+
+FAMILIES: dict[str, Callable[[float], optx.AbstractAdjoint]] = {
+    "Neumann": lambda k: eqi.NeumannAdjoint(int(k)),
+    "Phantom, damping 0.5": lambda k: eqi.PhantomAdjoint(int(k), damping=0.5),
+    "Implicit": _implicit,
+    "Implicit, GMRES": lambda tol: eqi.ImplicitAdjoint(eqi.GMRES(tol, 0.0)),
+    "Optimistix, GMRES": lambda tol: optx.ImplicitAdjoint(lx.GMRES(tol, tol)),
+}
+TERMS, TOLERANCES = (2, 5, 10, 20, 40), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def make_layer(cell: Cell, adjoint: optx.AbstractAdjoint) -> eqi.DEQ:
+    solver = eqi.Anderson(0.0, 1e-6, optx.rms_norm)
+    return eqi.DEQ(cell, solver, adjoint, max_steps=200)
+
+
+def loss_fn(layer, x, z0):
+    return jnp.sum(layer(x, z0) ** 2) / 2
+
+
+def work_precision(small: bool) -> list[Row]:
+    """The layer starts at its fixed point, so that the time is that of the gradient and
+    of one or two evaluations of f.
+    """
+    size, batch = (16, 4) if small else (256, 64)
+    rows = []
+    for map in ("Gaussian", "orthogonal"):
+        cell, x = make_problem(map, size, batch)
+        exact = exact_gradient(cell, x)
+        z = eqx.filter_jit(make_layer(cell, eqi.JFBAdjoint()))(x)
+        adjoints = {("JFB", 1.0): eqi.JFBAdjoint()}
+        for family, make in FAMILIES.items():
+            settings = TOLERANCES if "I" in family or "O" in family else TERMS
+            for setting in settings[:1] if small else settings:
+                adjoints[family, setting] = make(setting)
+        sides, errors, products = {}, {}, {}
+        report = eqx.filter_jit(eqi.gradient_report)
+        half_square = lambda z: jnp.sum(z**2) / 2
+        for key, adjoint in adjoints.items():
+            layer = make_layer(cell, adjoint)
+            gradient = eqx.filter_jit(eqx.filter_grad(loss_fn))
+            found = np.asarray(gradient(layer, x, z).cell.weight, np.float64)
+            errors[key] = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+            if not isinstance(adjoint, optx.ImplicitAdjoint):
+                reports = report(layer, half_square, x, z, adjoints=[adjoint])
+                products[key] = int(reports[1].num_products)
+            sides[str(key)] = ft.partial(gradient, layer, x, z)
+        times = take_turns(sides, rounds=3 if small else 9)
+        for key in adjoints:
+            rows.append(
+                {
+                    "map": map,
+                    "adjoint": key[0],
+                    "terms or tolerance": key[1],
+                    "relative error": float(errors[key]),
+                    "products with J": products.get(key),
+                    "ms": times.median(str(key)),
+                    "spread": times.spread(str(key)),
+                }
+            )
+    return rows
+
+
+def memory(small: bool) -> list[Row]:
+    """Temporary memory of a gradient, and the seconds to compile it."""
+    sizes, all_steps = ((16,), (10, 100)) if small else ((256, 1024, 4096), (10, 1000))
+    adjoints = {
+        "JFB": eqi.JFBAdjoint(),
+        "Neumann, 5 terms": eqi.NeumannAdjoint(5),
+        "Phantom, 5 steps": eqi.PhantomAdjoint(5),
+        "Implicit": eqi.ImplicitAdjoint(),
+        "unrolled, checkpointed": optx.RecursiveCheckpointAdjoint(),
+    }
+    rows = []
+    for size in sizes:
+        cell, x = make_problem("Gaussian", size, 16)
+        for name, adjoint in adjoints.items():
+            for max_steps in all_steps:
+                layer = eqi.DEQ(cell, adjoint=adjoint, max_steps=max_steps)
+                gradient = eqx.filter_jit(eqx.filter_grad(loss_fn))
+                start = time.perf_counter()
+                compiled = gradient.lower(layer, x, jnp.zeros_like(x)).compile()
+                seconds = time.perf_counter() - start
+                analysis = compiled.compiled.memory_analysis()
+                rows.append(
+                    {
+                        "adjoint": name,
+                        "unknowns": 16 * size,
+                        "max_steps": max_steps,
+                        "temporary, states": analysis.temp_size_in_bytes / x.nbytes,
+                        "compilation, s": seconds,
+                    }
+                )
+    return rows
+
+
+TABLES = {"work-precision": work_precision, "memory": memory}
+
+
+def draw(results, figure):
+    axes = figure.subplots(1, 2)
+    rows = results.get("work-precision", [])
+    for axis, map in zip(axes, ("Gaussian", "orthogonal")):
+        own = [row for row in rows if row["map"] == map]
+        if own:
+            draw_lines(axis, own, "ms", "relative error", lambda row: row["adjoint"])
+        axis.set_title(map, loc="left", fontsize=9)
+
+
+if __name__ == "__main__":
+    run(__doc__, TABLES, draw)
