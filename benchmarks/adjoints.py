@@ -27,15 +27,18 @@ class Cell(eqx.Module):
         return jnp.tanh(z @ self.weight.T + x)
 
 
-def make_problem(map: str, size: int, batch: int) -> tuple[Cell, jax.Array]:
-    """An easy map, whose weight is Gaussian, or a hard one, 0.9 times orthogonal and
-    with inputs so small that tanh hardly damps it.
+def make_problem(gain: float, size: int, batch: int) -> tuple[Cell, jax.Array]:
+    """A Gaussian weight with that gain, easy for 0.45. A gain of zero stands for a hard
+    one: 0.9 times orthogonal, with inputs so small that tanh hardly damps it.
     """
     weight = jr.normal(jr.key(0), (size, size))
     x = jr.normal(jr.key(1), (batch, size))
-    if map == "Gaussian":
-        return Cell(0.45 * weight / (2 * size**0.5)), x
+    if gain > 0:
+        return Cell(gain * weight / size**0.5), x
     return Cell(0.9 * jnp.linalg.qr(weight)[0]), 0.01 * x
+
+
+MAPS = {"Gaussian": 0.45, "orthogonal": 0.0}
 
 
 def exact_gradient(cell: Cell, x: jax.Array) -> np.ndarray:
@@ -82,8 +85,8 @@ def work_precision(small: bool) -> list[Row]:
     """
     size, batch = (16, 4) if small else (256, 64)
     rows = []
-    for map in ("Gaussian", "orthogonal"):
-        cell, x = make_problem(map, size, batch)
+    for map, gain in MAPS.items():
+        cell, x = make_problem(gain, size, batch)
         exact = exact_gradient(cell, x)
         z = eqx.filter_jit(make_layer(cell, eqi.JFBAdjoint()))(x)
         adjoints = {("JFB", 1.0): eqi.JFBAdjoint()}
@@ -131,7 +134,7 @@ def memory(small: bool) -> list[Row]:
     }
     rows = []
     for size in sizes:
-        cell, x = make_problem("Gaussian", size, 16)
+        cell, x = make_problem(MAPS["Gaussian"], size, 16)
         for name, adjoint in adjoints.items():
             for max_steps in all_steps:
                 layer = eqi.DEQ(cell, adjoint=adjoint, max_steps=max_steps)
@@ -158,7 +161,7 @@ TABLES = {"work-precision": work_precision, "memory": memory}
 def draw(results, figure):
     axes = figure.subplots(1, 2)
     rows = results.get("work-precision", [])
-    for axis, map in zip(axes, ("Gaussian", "orthogonal")):
+    for axis, map in zip(axes, MAPS):
         own = [row for row in rows if row["map"] == map]
         if own:
             draw_lines(axis, own, "ms", "relative error", lambda row: row["adjoint"])

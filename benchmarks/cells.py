@@ -69,7 +69,7 @@ def _layer(adjoint, cell):
 
 def dense(adjoint: Any, small: bool) -> tuple[Any, Callable, Array]:
     size, batch = (16, 4) if small else (256, 64)
-    weight = 0.45 * jr.normal(jr.key(0), (size, size)) / (2 * size**0.5)
+    weight = 0.45 * jr.normal(jr.key(0), (size, size)) / size**0.5
     net = _layer(adjoint, Dense(weight))
     loss = lambda net, x: jnp.mean(jax.vmap(net)(x) ** 2)
     return net, loss, jr.normal(jr.key(1), (batch, size))
