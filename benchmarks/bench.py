@@ -51,8 +51,8 @@ def take_turns(
 ) -> Sides:
     """Times functions that take turns, so that whatever slows the machine down slows
     all of them. A turn is as many calls as take about `turn_ms`, one at the least,
-    each waited for. The first call, which may compile, and the first round are left
-    out.
+    each waited for. Before it comes a pause, in which the threads of the side before go
+    to sleep, and a call that wakes up its own. The first round is left out.
     """
     calls = {}
     for name, side in sides.items():
@@ -64,6 +64,8 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, side in sides.items():
+            time.sleep(0.005)
+            jax.block_until_ready(side())
             start = time.perf_counter()
             for _ in range(calls[name]):
                 jax.block_until_ready(side())
