@@ -33,17 +33,12 @@ STEPS_A_TURN = 8
 TOLERANCE = 1e-30  # never met
 
 
-def torch_worker(file, threads):
-    """Reads one command a line: `loss`, or a memory format, for which it takes a step
-    and writes the seconds it took.
-    """
-    import numpy as np
+def torch_side(data, device="cpu"):
+    """The loss without drop-out, and functions that take a step, by memory format."""
     import torch  # pyright: ignore[reportMissingImports]
     import torch.nn as nn  # pyright: ignore[reportMissingImports]
     import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(threads)
-    data = np.load(file)
     leaky = ft.partial(F.leaky_relu, negative_slope=0.1)
 
     def conv(name, padding=1):
@@ -93,9 +88,9 @@ def torch_worker(file, threads):
         "channels first": torch.contiguous_format,
         "channels last": torch.channels_last,
     }
-    labels = torch.tensor(data["labels"]).long()
-    images = torch.tensor(data["images"]).permute(0, 3, 1, 2).contiguous()
-    networks = {k: Network().to(memory_format=f) for k, f in formats.items()}
+    labels = torch.tensor(data["labels"]).long().to(device)
+    images = torch.tensor(data["images"]).permute(0, 3, 1, 2).contiguous().to(device)
+    networks = {k: Network().to(device, memory_format=f) for k, f in formats.items()}
     optimisers = {
         k: torch.optim.Adam(n.parameters(), lr=LEARNING_RATE)
         for k, n in networks.items()
@@ -107,16 +102,27 @@ def torch_worker(file, threads):
         F.cross_entropy(networks[name](inputs[name]), labels).backward()
         optimisers[name].step()
 
-    print(json.dumps(torch.__version__), flush=True)
+    def loss():
+        logits = networks["channels first"](images, drop=False)
+        return F.cross_entropy(logits, labels).item()
+
+    return loss(), {name: ft.partial(step, name) for name in formats}
+
+
+def torch_worker(file, threads):
+    """Writes the version and the loss, then reads the name of a memory format a line,
+    takes a step with it and writes the seconds it took.
+    """
+    import numpy as np
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(threads)
+    loss, steps = torch_side(np.load(file))
+    print(json.dumps([torch.__version__, loss]), flush=True)
     for line in sys.stdin:
-        name = line.strip()
-        if name == "loss":
-            logits = networks["channels first"](images, drop=False)
-            print(json.dumps(F.cross_entropy(logits, labels).item()), flush=True)
-        else:
-            start = time.perf_counter()
-            step(name)
-            print(json.dumps(time.perf_counter() - start), flush=True)
+        start = time.perf_counter()
+        steps[line.strip()]()
+        print(json.dumps(time.perf_counter() - start), flush=True)
 
 
 def jax_side():
@@ -201,13 +207,13 @@ def main(torch_python, rounds=12, threads=2):
         with worker:
             to_worker, from_worker = worker.stdin, worker.stdout
             assert to_worker is not None and from_worker is not None
-            version = json.loads(from_worker.readline())
+            version, torch_loss = json.loads(from_worker.readline())
 
             def ask(command):
                 print(command, file=to_worker, flush=True)
                 return json.loads(from_worker.readline())
 
-            difference = abs(ask("loss") - loss)
+            difference = abs(torch_loss - loss)
             assert difference < 1e-4, f"the networks differ: {difference}"
             sides = {
                 "eqimplicit": jax_step,

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 
 
@@ -113,9 +112,11 @@ def draw_lines(
 def run(
     doc: str | None,
     tables: Mapping[str, Callable[[bool], list[Row]]],
-    draw: Callable[[dict[str, list[Row]], matplotlib.figure.Figure], None],
+    draw: Callable[[dict[str, list[Row]], Any], None],
 ) -> None:
-    """The command line of a benchmark."""
+    """The command line of a benchmark. `draw` takes the results and a figure."""
+    import matplotlib.figure
+
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

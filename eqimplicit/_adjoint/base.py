@@ -138,15 +138,15 @@ class _DampedSteps(eqx.Module):
     num_steps: int = eqx.field(static=True)
 
     def __call__(self, root, residual, inputs, damping):
-        def step(z, _):
+        # As a compiled loop, it would also compute the derivative with respect to the
+        # solution, which is thrown away, and transpose convolutions in a loop, slowly.
+        z = root
+        for _ in range(self.num_steps):
             change = self.rewrite_fn(z, residual, inputs)
-            return jtu.tree_map(
+            z = jtu.tree_map(
                 lambda zi, ci: zi + jnp.asarray(damping, zi.dtype) * ci, z, change
-            ), None
-
-        if self.num_steps == 1:
-            return step(root, None)[0]
-        return lax.scan(step, root, length=self.num_steps)[0]
+            )
+        return z
 
 
 def _refuse_second_derivative(primals: PyTree[Any], name: str) -> PyTree[Any]:

@@ -26,8 +26,8 @@ class PhantomAdjoint(optx.AbstractAdjoint):
     The value is the last of these steps, whether it is differentiated or not.
 
     Costs `num_steps` evaluations of `f` and `num_steps - 1` products with $J$. Memory
-    for `num_steps` applications. Forward mode works; second derivatives raise an error.
-    Auxiliary outputs and stats have no derivative.
+    for `num_steps` applications, and the compilation of as many. Forward mode works;
+    second derivatives raise an error. Auxiliary outputs and stats have no derivative.
 
     ??? cite "References"
 
