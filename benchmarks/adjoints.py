@@ -67,7 +67,8 @@ FAMILIES: dict[str, Callable[[float], optx.AbstractAdjoint]] = {
     "Implicit, GMRES": lambda tol: eqi.ImplicitAdjoint(eqi.GMRES(tol, 0.0)),
     "Optimistix, GMRES": lambda tol: optx.ImplicitAdjoint(lx.GMRES(tol, tol)),
 }
-TERMS, TOLERANCES = (2, 5, 10, 20, 40), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+SERIES = "Neumann", "Phantom, damping 0.5"
+TERMS, TOLERANCES = (2, 5, 10, 20, 40), (1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def make_layer(cell: Cell, adjoint: optx.AbstractAdjoint) -> eqi.DEQ:
@@ -85,13 +86,13 @@ def work_precision(small: bool) -> list[Row]:
     """
     size, batch = (16, 4) if small else (256, 64)
     rows = []
-    for map, gain in MAPS.items():
+    for map, gain in list(MAPS.items())[: 1 if small else None]:
         cell, x = make_problem(gain, size, batch)
         exact = exact_gradient(cell, x)
         z = eqx.filter_jit(make_layer(cell, eqi.JFBAdjoint()))(x)
         adjoints = {("JFB", 1.0): eqi.JFBAdjoint()}
         for family, make in FAMILIES.items():
-            settings = TOLERANCES if "I" in family or "O" in family else TERMS
+            settings = TERMS if family in SERIES else TOLERANCES
             for setting in settings[:1] if small else settings:
                 adjoints[family, setting] = make(setting)
         sides, errors, products = {}, {}, {}
@@ -106,7 +107,7 @@ def work_precision(small: bool) -> list[Row]:
                 reports = report(layer, half_square, x, z, adjoints=[adjoint])
                 products[key] = int(reports[1].num_products)
             sides[str(key)] = ft.partial(gradient, layer, x, z)
-        times = take_turns(sides, rounds=3 if small else 9)
+        times = take_turns(sides, rounds=3 if small else 7)
         for key in adjoints:
             rows.append(
                 {
@@ -124,7 +125,7 @@ def work_precision(small: bool) -> list[Row]:
 
 def memory(small: bool) -> list[Row]:
     """Temporary memory of a gradient, and the seconds to compile it."""
-    sizes, all_steps = ((16,), (10, 100)) if small else ((256, 1024, 4096), (10, 1000))
+    sizes, all_steps = ((16,), (10,)) if small else ((256, 1024), (10, 1000))
     adjoints = {
         "JFB": eqi.JFBAdjoint(),
         "Neumann, 5 terms": eqi.NeumannAdjoint(5),

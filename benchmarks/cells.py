@@ -132,7 +132,7 @@ def make_step(
 def training_steps(small: bool) -> list[Row]:
     rows = []
     for name, make in CELLS.items():
-        for dtype in (jnp.float32, jnp.bfloat16):
+        for dtype in (jnp.float32, jnp.bfloat16)[: 1 if small else None]:
             cast = lambda a, to=dtype: a.astype(to) if eqx.is_inexact_array(a) else a
             sides = {}
             for adjoint_name, adjoint in ADJOINTS.items():

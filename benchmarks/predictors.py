@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from bench import Row, run
 
 import eqimplicit as eqi
 
@@ -50,8 +51,10 @@ SOLVERS = {
 }
 
 
-def count(problem: str, predictor: str, solver: str) -> str:
-    """The mean number of solver steps per layer, each with one evaluation."""
+def count(problem: str, predictor: str, solver: str) -> float | None:
+    """The mean number of solver steps per layer, each with one evaluation, or None
+    where a layer was not solved.
+    """
     field, y0, h = PROBLEMS[problem]
     layer = eqi.ThetaLayer(field, 0.5, h, solver=SOLVERS[solver])
 
@@ -71,19 +74,37 @@ def count(problem: str, predictor: str, solver: str) -> str:
 
     steps, solved = run()
     if not jnp.all(solved):
-        return "fails"
-    return f"{float(jnp.mean(steps)) + (predictor == 'explicit Euler'):.2f}"
+        return None
+    return float(jnp.mean(steps)) + (predictor == "explicit Euler")
 
 
-def main() -> None:
-    jax.config.update("jax_enable_x64", True)
-    print(f"| problem | solver | {' | '.join(PREDICTORS)} |")
-    print("|---|---|" + "---|" * len(PREDICTORS))
-    for problem in PROBLEMS:
-        for solver in SOLVERS:
-            counts = [count(problem, predictor, solver) for predictor in PREDICTORS]
-            print(f"| {problem} | {solver} | {' | '.join(counts)} |")
+def guesses(small: bool) -> list[Row]:
+    rows = []
+    with jax.enable_x64(True):
+        for problem in list(PROBLEMS)[: 1 if small else None]:
+            for solver in SOLVERS:
+                row: Row = {"problem": problem, "solver": solver}
+                row |= {name: count(problem, name, solver) for name in PREDICTORS}
+                rows.append(row)
+    return rows
+
+
+TABLES = {"initial guesses": guesses}
+
+
+def draw(results, figure):
+    axes = figure.subplots()
+    for row in results["initial guesses"]:
+        counts = [float("nan" if row[k] is None else row[k]) for k in PREDICTORS]
+        axes.plot(
+            list(PREDICTORS),
+            counts,
+            marker="o",
+            label=f"{row['problem']}, {row['solver']}",
+        )
+    axes.set_ylabel("solver steps per layer")
+    axes.legend(fontsize=7, frameon=False)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, TABLES, draw)

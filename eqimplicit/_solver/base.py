@@ -45,20 +45,27 @@ def measure(
     solver: optx.AbstractFixedPointSolver, y: PyTree[Array], image: PyTree[Array]
 ) -> Measurement:
     rtol, atol = lax.stop_gradient((solver.rtol, solver.atol))
-
-    def scaled(difference, image_leaf):
-        dtype = difference.dtype
-        scale = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * jnp.abs(
-            image_leaf.astype(dtype)
-        )
-        # An exact zero has converged, also where the scale is zero.
-        is_zero = difference == 0
-        return jnp.where(is_zero, 0, difference / jnp.where(is_zero, 1, scale))
-
     dtype = accumulation_dtype(state_dtype(y))
     difference = jtu.tree_map(lambda a, b: a.astype(dtype) - b.astype(dtype), image, y)
+    residual = solver.norm(difference)
+    if isinstance(solver.rtol, (int, float)) and solver.rtol == 0:
+        # A norm of numbers that all have the same scale: no second pass over them.
+        return Measurement(_scale(residual, atol), residual)
+
+    def scaled(difference, image_leaf):
+        size = jnp.abs(image_leaf.astype(dtype))
+        scale = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
+        return _scale(difference, scale)
+
     error = solver.norm(jtu.tree_map(scaled, difference, image))
-    return Measurement(error=error, residual=solver.norm(difference))
+    return Measurement(error, residual)
+
+
+def _scale(difference, scale):
+    # An exact zero has converged, also where the scale is zero.
+    is_zero = difference == 0
+    scale = jnp.asarray(scale, difference.dtype)
+    return jnp.where(is_zero, 0, difference / jnp.where(is_zero, 1, scale))
 
 
 def init_measurement(y: PyTree[Array]) -> Measurement:
