@@ -95,17 +95,22 @@ def work_precision(small: bool) -> list[Row]:
             settings = TERMS if family in SERIES else TOLERANCES
             for setting in settings[:1] if small else settings:
                 adjoints[family, setting] = make(setting)
-        sides, errors, products = {}, {}, {}
-        report = eqx.filter_jit(eqi.gradient_report)
-        half_square = lambda z: jnp.sum(z**2) / 2
+        ours = {
+            key: adjoint
+            for key, adjoint in adjoints.items()
+            if not isinstance(adjoint, optx.ImplicitAdjoint)
+        }
+        layer = make_layer(cell, eqi.JFBAdjoint())
+        _, *reports = eqx.filter_jit(eqi.gradient_report)(
+            layer, lambda z: jnp.sum(z**2) / 2, x, z, adjoints=list(ours.values())
+        )
+        products = {key: int(one.num_products) for key, one in zip(ours, reports)}
+        sides, errors = {}, {}
         for key, adjoint in adjoints.items():
             layer = make_layer(cell, adjoint)
             gradient = eqx.filter_jit(eqx.filter_grad(loss_fn))
             found = np.asarray(gradient(layer, x, z).cell.weight, np.float64)
             errors[key] = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-            if not isinstance(adjoint, optx.ImplicitAdjoint):
-                reports = report(layer, half_square, x, z, adjoints=[adjoint])
-                products[key] = int(reports[1].num_products)
             sides[str(key)] = ft.partial(gradient, layer, x, z)
         times = take_turns(sides, rounds=3 if small else 7)
         for key in adjoints:
@@ -160,13 +165,16 @@ TABLES = {"work-precision": work_precision, "memory": memory}
 
 
 def draw(results, figure):
-    axes = figure.subplots(1, 2)
+    figure.set_size_inches(10, 7)
+    axes = figure.subplots(2, 2, sharey="col")
     rows = results.get("work-precision", [])
-    for axis, map in zip(axes, MAPS):
-        own = [row for row in rows if row["map"] == map]
-        if own:
-            draw_lines(axis, own, "ms", "relative error", lambda row: row["adjoint"])
-        axis.set_title(map, loc="left", fontsize=9)
+    for column, map in zip(axes.T, MAPS):
+        column[0].set_title(map, loc="left", fontsize=9)
+        for axis, x in zip(column, ("ms", "products with J")):
+            # JFB takes none; and Lineax does not tell its products.
+            own = [row for row in rows if row["map"] == map and row[x]]
+            if own:
+                draw_lines(axis, own, x, "relative error", lambda row: row["adjoint"])
 
 
 if __name__ == "__main__":
