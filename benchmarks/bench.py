@@ -100,10 +100,12 @@ def markdown(rows: list[Row]) -> str:
 def draw_lines(
     axes: Any, rows: list[Row], x: str, y: str, group: Callable[[Row], str]
 ) -> None:
-    """A line for each group of rows, on logarithmic axes."""
-    for name in dict.fromkeys(map(group, rows)):
-        points = [(row[x], row[y]) for row in rows if group(row) == name]
-        axes.loglog(*zip(*points), marker="o", markersize=3, label=name)
+    """A line for each group of rows, on logarithmic axes, where zero has no place."""
+    for i, name in enumerate(dict.fromkeys(map(group, rows))):
+        points = [(r[x], r[y]) for r in rows if group(r) == name and r[x] and r[y]]
+        if points:
+            style = dict(color=f"C{i}", marker="o", markersize=3)
+            axes.loglog(*zip(*points), label=name, **style)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, frameon=False)
