@@ -7,6 +7,7 @@ adjoint; and the memory and compilation that it takes.
 import functools as ft
 import time
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -144,7 +145,7 @@ def memory(small: bool) -> list[Row]:
         for name, adjoint in adjoints.items():
             for max_steps in all_steps:
                 layer = eqi.DEQ(cell, adjoint=adjoint, max_steps=max_steps)
-                gradient = eqx.filter_jit(eqx.filter_grad(loss_fn))
+                gradient: Any = eqx.filter_jit(eqx.filter_grad(loss_fn))
                 start = time.perf_counter()
                 compiled = gradient.lower(layer, x, jnp.zeros_like(x)).compile()
                 seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ from typing import Any
 
 NUM_STEPS, BATCH, LEARNING_RATE = 10, 100, 1e-4
 STEPS_A_TURN = 8
-TOLERANCE = 1e-30  # never met
+TOLERANCE = 1e-15  # never met
 
 
 def torch_side(data, device="cpu"):

@@ -78,9 +78,16 @@ def machine() -> str:
     """Device and versions, in a line."""
     device = jax.devices()[0]
     packages = ("jax", "equinox", "lineax", "optimistix", "eqimplicit")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    versions = [f"{name} {_version(name)}" for name in packages]
     where = f"{len(jax.devices())} x {device.device_kind}, {os.cpu_count()} CPU cores"
     return ", ".join([where, f"Python {platform.python_version()}", *versions])
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "from its source"
 
 
 def _cell(value):

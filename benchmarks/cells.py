@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from adjoints import loss_fn, make_problem
 from bench import draw_lines, Row, run, take_turns
 from jaxtyping import Array, PyTree
 
@@ -64,7 +65,7 @@ class Field(eqx.Module):
 
 
 def _layer(adjoint, cell):
-    return eqi.DEQ(cell, eqi.Picard(0.0, 1e-30), adjoint, max_steps=NUM_STEPS)
+    return eqi.DEQ(cell, eqi.Picard(0.0, 1e-15), adjoint, max_steps=NUM_STEPS)
 
 
 def dense(adjoint: Any, small: bool) -> tuple[Any, Callable, Array]:
@@ -134,12 +135,15 @@ def training_steps(small: bool) -> list[Row]:
     for name, make in CELLS.items():
         for dtype in (jnp.float32, jnp.bfloat16)[: 1 if small else None]:
             cast = lambda a, to=dtype: a.astype(to) if eqx.is_inexact_array(a) else a
-            sides = {}
+            sides, forward, evaluations = {}, None, None
             for adjoint_name, adjoint in ADJOINTS.items():
                 net, loss, x = make(adjoint, small)
                 net, x = jax.tree.map(cast, (net, x))
+                is_block = isinstance(net, eqi.ODEBlock)
+                evaluations = None if is_block else NUM_STEPS
                 sides[adjoint_name] = make_step(net, loss, x)
                 forward = ft.partial(eqx.filter_jit(loss), net, x)
+            assert forward is not None
             times = take_turns({"forward": forward, **sides}, 2 if small else 9)
             for adjoint_name in sides:
                 rows.append(
@@ -147,6 +151,7 @@ def training_steps(small: bool) -> list[Row]:
                         "cell": name,
                         "dtype": dtype.__name__,
                         "adjoint": adjoint_name,
+                        "evaluations a solve": evaluations,
                         "step, ms": times.median(adjoint_name),
                         "spread": times.spread(adjoint_name),
                         "loss alone, ms": times.median("forward"),
@@ -156,7 +161,38 @@ def training_steps(small: bool) -> list[Row]:
     return rows
 
 
-TABLES = {"training steps": training_steps}
+def with_defaults(small: bool) -> list[Row]:
+    """A gradient of the dense layer with its defaults, the batch as one state."""
+    rows = []
+    for gain in (0.45, 0.8):
+        cell, x = make_problem(gain, *((16, 4) if small else (256, 64)))
+        layers = {name: eqi.DEQ(cell, adjoint=a) for name, a in ADJOINTS.items()}
+        gradient = eqx.filter_jit(eqx.filter_grad(loss_fn))
+        z0 = jnp.zeros_like(x)
+        sides = {k: ft.partial(gradient, layer, x, z0) for k, layer in layers.items()}
+        solution = eqx.filter_jit(layers["JFB"].solve)(x)
+        half_square = lambda z: jnp.sum(z**2) / 2
+        _, *reports = eqx.filter_jit(eqi.gradient_report)(
+            layers["JFB"], half_square, x, adjoints=list(ADJOINTS.values())
+        )
+        times = take_turns(sides, 2 if small else 15)
+        for (name, _), report in zip(sides.items(), reports):
+            rows.append(
+                {
+                    "gain": gain,
+                    "adjoint": name,
+                    "evaluations": int(solution.stats["num_evaluations"]),
+                    "products with J": int(report.num_products),
+                    "relative error": float(report.relative_error),
+                    "ms": times.median(name),
+                    "spread": times.spread(name),
+                    "to JFB": times.ratio(name, "JFB"),
+                }
+            )
+    return rows
+
+
+TABLES = {"training steps": training_steps, "defaults": with_defaults}
 
 
 def draw(results, figure):

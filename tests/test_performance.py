@@ -44,13 +44,13 @@ def loss(layer, x):
 
 def count_products(fn, layer, x):
     """The different products with the weight or its transpose in the program. XLA
-    merges those of the same operands.
+    merges those of the same operands in a region, where no name is used twice.
     """
     program = eqx.filter_jit(fn).lower(layer, x).as_text()
     matrix = f"tensor<{SIZE}x{SIZE}xf64>"
     count = 0
-    for function in program.split("func.func"):
-        products = re.findall("dot_general (.*, .*?), (?:.*) : (.*) -> ", function)
+    for region in re.split(r"func\.func|cond \{|\} do \{", program):
+        products = re.findall("dot_general (.*, .*?), (?:.*) : (.*) -> ", region)
         count += len({operands for operands, types in products if matrix in types})
     return count
 
@@ -79,7 +79,7 @@ def test_a_gradient_linearises_once_and_has_a_product_a_loop(getkey, name):
 
 @pytest.mark.parametrize(
     "name, most",
-    [("Picard", 22), ("Anderson", 17), ("Broyden", 17)],
+    [("Picard", 15.5), ("Anderson", 14.5), ("Broyden", 14.5)],
 )
 def test_evaluations_to_tolerance(getkey, name, most):
     """Of a Gaussian weight with gain 0.8, the mean of ten seeds."""
@@ -189,6 +189,9 @@ def test_a_split_batch_stays_split(tmp_path):
 )
 def test_benchmarks_run(tmp_path, name):
     script = [sys.executable, str(_root / "benchmarks" / f"{name}.py"), "--small"]
-    out = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    out = subprocess.run(
+        script, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("|") > 20

@@ -452,3 +452,11 @@ def test_arrays_and_other_types_are_validated_too():
         eqi.Picard(float("inf"), 1e-3)
     # Jitted, values are not known; nothing is refused.
     jax.jit(lambda tol: eqi.Picard(tol, tol).rtol)(jnp.array(-1.0))
+
+
+@pytest.mark.parametrize("rtol", [0.0, jnp.array(0.0)], ids=["number", "array"])
+@pytest.mark.parametrize("norm", [optx.two_norm, optx.rms_norm, optx.max_norm])
+def test_a_residual_whose_square_underflows_is_not_zero(norm, rtol):
+    f = lambda z, _: 0.5 * z + jnp.full(3, 1e-22, jnp.float32)
+    sol = solve(f, eqi.Picard(rtol, 1e-30, norm), jnp.zeros(3, jnp.float32))
+    assert jnp.allclose(sol.value, 2e-22, rtol=1e-5, atol=0)

@@ -48,8 +48,8 @@ def measure(
     dtype = accumulation_dtype(state_dtype(y))
     difference = jtu.tree_map(lambda a, b: a.astype(dtype) - b.astype(dtype), image, y)
     residual = solver.norm(difference)
-    if isinstance(solver.rtol, (int, float)) and solver.rtol == 0:
-        # A norm of numbers that all have the same scale: no second pass over them.
+    if _is_absolute(solver, dtype):
+        # All numbers have the same scale: no second pass over them.
         return Measurement(_scale(residual, atol), residual)
 
     def scaled(difference, image_leaf):
@@ -59,6 +59,15 @@ def measure(
 
     error = solver.norm(jtu.tree_map(scaled, difference, image))
     return Measurement(error, residual)
+
+
+def _is_absolute(solver, dtype):
+    """Whether the tolerance is absolute, and no square of a difference above it
+    underflows in the norm.
+    """
+    if not all(isinstance(tol, (int, float)) for tol in (solver.rtol, solver.atol)):
+        return False
+    return solver.rtol == 0 and solver.atol**2 > jnp.finfo(dtype).tiny
 
 
 def _scale(difference, scale):
