@@ -91,7 +91,7 @@ def work_precision(small: bool) -> list[Row]:
         cell, x = make_problem(gain, size, batch)
         exact = exact_gradient(cell, x)
         z = eqx.filter_jit(make_layer(cell, eqi.JFBAdjoint()))(x)
-        adjoints = {("JFB", 1.0): eqi.JFBAdjoint()}
+        adjoints: dict[Any, optx.AbstractAdjoint] = {("JFB", 1.0): eqi.JFBAdjoint()}
         for family, make in FAMILIES.items():
             settings = TERMS if family in SERIES else TOLERANCES
             for setting in settings[:1] if small else settings:

@@ -24,7 +24,7 @@ SOLVERS: dict[str, Callable[..., Any]] = {
     "Anderson": eqi.Anderson,
     "Broyden": eqi.Broyden,
 }
-NUM_STEPS = 20
+NUM_STEPS = 10
 
 
 def dense(size: int, batch: int) -> tuple[Callable, Any, Any]:
