@@ -1,6 +1,7 @@
 import os
 from importlib.metadata import version
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import pytest
@@ -16,6 +17,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Each holds memory mappings, of which a process may have 65,530 on Linux."""
+    yield
+    eqx.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -138,14 +138,18 @@ class _DampedSteps(eqx.Module):
     num_steps: int = eqx.field(static=True)
 
     def __call__(self, root, residual, inputs, damping):
-        # As a compiled loop, it would also compute the derivative with respect to the
-        # solution, which is thrown away, and transpose convolutions in a loop, slowly.
-        z = root
-        for _ in range(self.num_steps):
+        def step(z, _):
             change = self.rewrite_fn(z, residual, inputs)
-            z = jtu.tree_map(
+            return jtu.tree_map(
                 lambda zi, ci: zi + jnp.asarray(damping, zi.dtype) * ci, z, change
-            )
+            ), None
+
+        # The solution has no derivative, so that the first step has one product less.
+        # The others are a compiled loop only if they are many: convolutions in a loop
+        # are slow on the CPU.
+        z, _ = step(root, None)
+        length = self.num_steps - 1
+        z, _ = lax.scan(step, z, length=length, unroll=length < 16)
         return z
 
 

@@ -26,8 +26,9 @@ class PhantomAdjoint(optx.AbstractAdjoint):
     The value is the last of these steps, whether it is differentiated or not.
 
     Costs `num_steps` evaluations of `f` and `num_steps - 1` products with $J$. Memory
-    for `num_steps` applications, and the compilation of as many. Forward mode works;
-    second derivatives raise an error. Auxiliary outputs and stats have no derivative.
+    for `num_steps` applications; up to 16 of them are compiled one by one, more are a
+    compiled loop, slower on convolutions. Forward mode works; second derivatives raise
+    an error. Auxiliary outputs and stats have no derivative.
 
     ??? cite "References"
 
