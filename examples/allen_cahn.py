@@ -15,10 +15,8 @@ import pathlib
 import time
 from typing import Any
 
-import command_line
 import dynamics
 import equinox as eqx
-import figures
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -26,7 +24,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import tyro
-from command_line import UserError
+from training import command_line, figures
+from training.command_line import UserError
 
 import eqimplicit as eqi
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-import run_folder
 import tqdm
-from command_line import UserError
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from training import run_folder
+from training.command_line import UserError
 
 
 Model = TypeVar("Model")

@@ -28,9 +28,13 @@ class FlatEncoder(eqx.Module):
     linear: eqx.nn.Linear
 
     def __call__(
-        self, x: Float[Array, "height width channels"], state: None
+        self,
+        x: Float[Array, "height width channels"],
+        state: None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, " size"], None]:
-        features, _ = self.convolutions(x, state)
+        features, _ = self.convolutions(x, state, key=key)
         return self.linear(features.reshape(-1)), None
 
 

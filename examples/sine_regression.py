@@ -15,10 +15,8 @@ import pathlib
 import time
 from typing import Any, Literal
 
-import command_line
 import dynamics
 import equinox as eqx
-import figures
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -26,8 +24,9 @@ import numpy as np
 import optax
 import optimistix as optx
 import tyro
-from command_line import UserError
 from jaxtyping import Array
+from training import command_line, figures
+from training.command_line import UserError
 
 import eqimplicit as eqi
 

@@ -7,14 +7,13 @@ oscillator, and the regions where the layers are stable and where they contract.
 import dataclasses
 import pathlib
 
-import command_line
 import equinox as eqx
-import figures
 import jax
 import jax.numpy as jnp
 import matplotlib.patches
 import numpy as np
 import tyro
+from training import command_line, figures
 
 import eqimplicit as eqi
 

@@ -14,17 +14,16 @@ import pathlib
 import time
 from typing import Any, Literal
 
-import command_line
 import dynamics
 import equinox as eqx
-import figures
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from command_line import UserError
+from training import command_line, figures
+from training.command_line import UserError
 
 import eqimplicit as eqi
 

@@ -3,7 +3,6 @@
 import json
 
 import allen_cahn
-import command_line
 import dynamics
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import sine_regression
 import spiral
 import stability
 import stiff_ode
+from training import command_line
 
 import eqimplicit as eqi
 

@@ -8,13 +8,13 @@ import struct
 import subprocess
 import sys
 
-import command_line
+import equinox as eqx
 import image_classification
-import image_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import classifiers, command_line, image_data, loop
 
 
 _root = pathlib.Path(__file__).parent.parent
@@ -191,19 +191,19 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(
 ):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(*SHORT, "--out", whole)
-    train_epoch = image_classification.train_epoch
+    run_epoch = loop._epoch
 
-    def stop_in_the_second(config, data, epoch, *args):
+    def stop_in_the_second(task, data, options, folder, epoch, arrays):
         if epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(config, data, epoch, *args)
+        return run_epoch(task, data, options, folder, epoch, arrays)
 
-    monkeypatch.setattr(image_classification, "train_epoch", stop_in_the_second)
+    monkeypatch.setattr(loop, "_epoch", stop_in_the_second)
     with pytest.raises(SystemExit) as exit:
         run(*SHORT, "--out", stopped)
     assert exit.value.code == 130
     assert len(arrays_of(stopped)[0]) == 1
-    monkeypatch.setattr(image_classification, "train_epoch", train_epoch)
+    monkeypatch.setattr(loop, "_epoch", run_epoch)
     capsys.readouterr()
     run(*SHORT, "--out", stopped)
     assert "resuming after epoch 1" in capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(
     run(*SHORT, "--out", whole)
     assert "is finished" in capsys.readouterr().out
     error = fails(capsys, *SHORT, "--out", whole, "--seed", 1)
-    assert "holds a run with --seed 0, not 1" in error
+    assert "holds a run with seed 0, not 1" in error
     checkpoint = whole / "checkpoint.eqx"
     content = checkpoint.read_bytes()
     assert arrays_of(whole) == before
@@ -246,10 +246,12 @@ def test_statistics_of_the_batch_norm_are_trained_and_saved(mnist, tmp_path):
     config = image_classification.Config(dataset="mnist")
     model, state = image_classification.make_model(config, (28, 28, 1))
     images, labels = jnp.ones((10, 28, 28, 1)), jnp.zeros(10, jnp.int32)
-    key = jax.random.key(0)
     old = jax.tree.leaves(state)
-    _, (state, _) = image_classification.loss_fn(
-        model, state, images, labels, key, "bfloat16"
+    optimiser = image_classification.make_optimiser(1e-3, 1)
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    task = loop.Task(None, None, classifiers.forward, optimiser, at_step=None)
+    (_, state, _), _, _ = loop.train_step(
+        (model, state, opt_state), images, labels, jax.random.key(0), task, "bfloat16"
     )
     new = jax.tree.leaves(state)
     assert all(a.dtype == b.dtype == np.float32 for a, b in zip(old, new))

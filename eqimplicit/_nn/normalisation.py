@@ -172,6 +172,31 @@ class GroupNorm(eqx.Module):
         return y.reshape(x.shape), state
 
 
+class NoNorm(eqx.Module):
+    """Returns its input: takes the place of a normalisation that is to be left out."""
+
+    def __init__(self, channels: int = 0, affine: bool = False):
+        """**Arguments:**
+
+        - `channels`, `affine`: ignored; as for [`eqimplicit.models.BatchNorm`][].
+        """
+        del channels, affine
+
+    def __call__(
+        self, x: Float[Array, "*shape"], state: eqx.nn.State | None = None
+    ) -> tuple[Float[Array, "*shape"], eqx.nn.State | None]:
+        """**Arguments:**
+
+        - `x`: images, or anything else.
+        - `state`: passed on.
+
+        **Returns:**
+
+        A pair of `x` and `state`.
+        """
+        return x, state
+
+
 def _affine_parameters(channels, affine, dtype):
     if not affine:
         return None, None

@@ -14,7 +14,13 @@ from .._nn.convolution import Conv2d
 from .._nn.normalisation import BatchNorm
 
 
-_leaky_relu = ft.partial(jax.nn.leaky_relu, negative_slope=0.1)
+leaky_relu = ft.partial(jax.nn.leaky_relu, negative_slope=0.1)
+
+
+def drop_channels(dropout: eqx.nn.Dropout, x: Array, key: PRNGKeyArray | None) -> Array:
+    """Drop-out of whole channels of images."""
+    mask = jnp.ones((*x.shape[:-3], 1, 1, x.shape[-1]), x.dtype)
+    return x * dropout(mask, key=key)
 
 
 class ConvEncoder(eqx.Module):
@@ -55,6 +61,8 @@ class ConvEncoder(eqx.Module):
         self,
         x: Float[Array, "*batch height width in_channels"],
         state: eqx.nn.State | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch new_height new_width out_channels"], eqx.nn.State | None
     ]:
@@ -62,15 +70,16 @@ class ConvEncoder(eqx.Module):
 
         - `x`: an image, or a batch of them.
         - `state`: the Equinox state, if the normalisation has any.
+        - `key`: ignored; there is no drop-out.
 
         **Returns:**
 
         A pair of the features and the new state.
         """
         x, state = self.norms[0](self.convs[0](x), state)
-        x = _leaky_relu(_max_pool(x, self.pool))
+        x = leaky_relu(_max_pool(x, self.pool))
         x, state = self.norms[1](self.convs[1](x), state)
-        return _leaky_relu(x), state
+        return leaky_relu(x), state
 
 
 class ResidualCell(eqx.Module):
@@ -140,8 +149,8 @@ class _ResidualBlock(eqx.Module):
         self.norm = norm(channels, False)
 
     def __call__(self, w, state):
-        hidden = _leaky_relu(self.convs[0](w))
-        return self.norm(w + _leaky_relu(_leaky_relu(self.convs[1](hidden))), state)
+        hidden = leaky_relu(self.convs[0](w))
+        return self.norm(w + leaky_relu(leaky_relu(self.convs[1](hidden))), state)
 
 
 class ConvHead(eqx.Module):
@@ -157,6 +166,8 @@ class ConvHead(eqx.Module):
         hidden_channels: int = 16,
         num_classes: int = 10,
         dropout: float = 0.2,
+        stride: int = 1,
+        padding: int = 0,
         *,
         key: PRNGKeyArray,
     ):
@@ -166,20 +177,22 @@ class ConvHead(eqx.Module):
         - `hidden_channels`: the number of channels after the convolution.
         - `num_classes`: the number of classes.
         - `dropout`: the probability with which a channel is dropped.
+        - `stride`, `padding`: those of the convolution, whose kernel is 3 x 3.
         - `key`: a `jax.random` key for the parameters.
 
         **Raises:** a `ValueError` if the input is smaller than the 3 x 3 kernel.
         """
         height, width, channels = in_shape
-        if min(height, width) < 3:
+        if min(height, width) + 2 * padding < 3:
             raise ValueError(
                 "The head's input must be at least 3 pixels high and wide. Got "
                 f"{height} x {width}; use larger images or a smaller `pool`."
             )
         key_conv, key_weight = jr.split(key)
-        features = (height - 2) * (width - 2) * hidden_channels
+        height, width = ((n + 2 * padding - 3) // stride + 1 for n in (height, width))
+        features = height * width * hidden_channels
         bound = features**-0.5
-        self.conv = Conv2d(channels, hidden_channels, 3, key=key_conv)
+        self.conv = Conv2d(channels, hidden_channels, 3, stride, padding, key=key_conv)
         self.dropout = eqx.nn.Dropout(dropout)
         self.weight = jr.uniform(
             key_weight, (features, num_classes), minval=-bound, maxval=bound
@@ -196,9 +209,7 @@ class ConvHead(eqx.Module):
         - `z`: an image, or a batch of them.
         - `key`: a `jax.random` key for the drop-out; not needed in inference mode.
         """
-        y = _leaky_relu(self.conv(z))
-        mask = jnp.ones((*y.shape[:-3], 1, 1, y.shape[-1]), y.dtype)
-        y = y * self.dropout(mask, key=key)
+        y = drop_channels(self.dropout, leaky_relu(self.conv(z)), key)
         return y.reshape(*z.shape[:-3], -1) @ self.weight
 
 
@@ -232,7 +243,8 @@ class ImageClassifier(eqx.Module):
         One logit for each class, or with a `state` the pair of the logits and the new
         state.
         """
-        features, new_state = self.encoder(x, state)
+        encoder_key = None if key is None else jr.fold_in(key, 0)
+        features, new_state = self.encoder(x, state, key=encoder_key)
         if state is None:
             return self.head(self.layer(features), key=key)
         z, new_state = self.layer(features, state=new_state)
@@ -241,7 +253,7 @@ class ImageClassifier(eqx.Module):
 
 ImageClassifier.__init__.__doc__ = """**Arguments:**
 
-- `encoder`: a callable `encoder(x, state) -> (features, state)`.
+- `encoder`: a callable `encoder(x, state, key=key) -> (features, state)`.
 - `layer`: a [`eqimplicit.DEQ`][], or a callable with its signature.
 - `head`: a callable `head(z, key=key) -> logits`.
 """

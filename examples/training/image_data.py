@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pooch
 import sklearn.datasets
-from command_line import UserError
 from jaxtyping import Float, Int, UInt8
+
+from .command_line import UserError
 
 
 Name = Literal["digits", "mnist", "fashion-mnist", "cifar10"]

@@ -6,6 +6,7 @@ written to a temporary name and renamed, so that a run can be killed at any time
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
-from command_line import UserError
+import jax.tree_util as jtu
+
+from .command_line import UserError
 
 
 T = TypeVar("T")
@@ -45,7 +48,7 @@ def open_run(
     for key in {**old, **config}:
         if old.get(key) != config.get(key):
             raise UserError(
-                f"{folder} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
+                f"{folder} holds a run with {key.replace('_', '-')} {old.get(key)}, "
                 f"not {config.get(key)}. Give another --out, or the options of that run"
             )
     return metrics
@@ -53,9 +56,18 @@ def open_run(
 
 def load(folder: pathlib.Path, like: T) -> T:
     """The arrays of the checkpoint, in a pytree of the structure of `like`."""
-    with _refuse_corrupt(folder), (folder / _checkpoint).open("rb") as file:
-        file.readline()
-        return eqx.tree_deserialise_leaves(file, like)
+    with (folder / _checkpoint).open("rb") as file:
+        with _refuse_corrupt(folder):
+            arrays = json.loads(file.readline())["arrays"]
+        for saved, wanted in itertools.zip_longest(arrays, _describe(like)):
+            if saved != wanted:
+                raise UserError(
+                    f"{folder / _checkpoint} is of another network: it has "
+                    f"{saved or 'no array'} where {wanted or 'none'} belongs. Give "
+                    "another --out"
+                )
+        with _refuse_corrupt(folder):
+            return eqx.tree_deserialise_leaves(file, like)
 
 
 def save(
@@ -70,11 +82,16 @@ def save(
         with replacing(folder / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in metrics))
         with replacing(folder / _checkpoint) as path, path.open("wb") as file:
-            header = {"config": config, "metrics": metrics}
+            header = {"config": config, "metrics": metrics, "arrays": _describe(tree)}
             file.write(json.dumps(header).encode() + b"\n")
             eqx.tree_serialise_leaves(file, tree)
     except OSError as error:
         raise _unusable(folder, error) from error
+
+
+def _describe(tree):
+    leaves = jtu.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
+    return [f"{jtu.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in leaves]
 
 
 def _unusable(folder, error):
@@ -85,7 +102,12 @@ def _unusable(folder, error):
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path, which becomes `path` when all was written."""
     temporary = path.with_name(path.name + _temporary_suffix)
-    yield temporary
+    try:
+        yield temporary
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     os.replace(temporary, path)
 
 

@@ -3,9 +3,10 @@
 import pathlib
 from typing import Any
 
-import figures
 import matplotlib.ticker
-from figures import ACCENT, LIGHT, name
+
+from . import figures
+from .figures import ACCENT, LIGHT, name
 
 
 def plot_curves(path: pathlib.Path, metrics: list[dict[str, Any]], title: str) -> None:
@@ -20,7 +21,7 @@ def plot_curves(path: pathlib.Path, metrics: list[dict[str, Any]], title: str) -
 
     draw(left, "loss", ACCENT)
     left.set_ylim(0, 1.15 * max(line["loss"] for line in metrics))
-    name(left, "training loss (labels smoothed)")
+    name(left, "training loss")
 
     draw(middle, "train_accuracy", LIGHT, "training")
     draw(middle, "test_accuracy", ACCENT, "test")
@@ -30,9 +31,10 @@ def plot_curves(path: pathlib.Path, metrics: list[dict[str, Any]], title: str) -
     last = metrics[-1]["test_accuracy"]
     name(middle, f"accuracy (test set: {last:.1%})")
 
-    draw(right, "evaluations", ACCENT)
-    right.set_ylim(0, 1.15 * max(line["evaluations"] for line in metrics))
-    name(right, "evaluations of the cell per solve")
+    if "evaluations" in metrics[-1]:
+        draw(right, "evaluations", ACCENT)
+        right.set_ylim(0, 1.15 * max(line["evaluations"] for line in metrics))
+    name(right, "evaluations of the cell, all solves")
 
     for axes in (left, middle, right):
         axes.set_xlabel("epoch", color=figures.DARK)

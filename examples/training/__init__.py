@@ -1,0 +1,1 @@
+"""What the examples share: options, data, the training loop, checkpoints, figures."""

@@ -1,0 +1,92 @@
+"""Image classifiers, as the training loop wants them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import optimistix as optx
+from jaxtyping import Array, Float, Int
+
+import eqimplicit as eqi
+
+
+class Solve(NamedTuple):
+    """How the solve of one layer went; arrays with one entry an example, or none."""
+
+    evaluations: Array
+    unconverged: Array
+    nonfinite: Array
+
+    @classmethod
+    def of(cls, solution: optx.Solution) -> "Solve":
+        return cls(
+            solution.stats["num_evaluations"],
+            solution.result != optx.RESULTS.successful,
+            solution.result == optx.RESULTS.nonfinite,
+        )
+
+
+class Output(NamedTuple):
+    """Of a network in training: the logits, its new Equinox state, the solve of each
+    layer by its name, and what is added to the loss."""
+
+    logits: Float[Array, "*batch classes"]
+    state: Any
+    solves: dict[str, Solve]
+    penalty: Float[Array, ""] | float = 0.0
+
+
+def forward(model: eqi.models.ImageClassifier, state, images, key=None) -> Output:
+    """Of a network with one implicit layer, on a batch of images. With an Equinox state
+    the batch is one state of the layer, else each image has a solve of its own.
+    """
+    if state is None and images.ndim == 4:
+        keys = None if key is None else jr.split(key, len(images))
+        return jax.vmap(forward, (None, None, 0, 0))(model, None, images, keys)
+    encoder_key = None if key is None else jr.fold_in(key, 0)
+    features, state = model.encoder(images, state, key=encoder_key)
+    if not isinstance(model.layer, eqi.DEQ):  # explicit
+        z = model.layer(features, state=state)
+        z, state = (z, None) if state is None else z
+        return Output(model.head(z, key=key), state, {})
+    solution = model.layer.solve(features, state=state)
+    logits = model.head(solution.value, key=key)
+    return Output(logits, solution.aux, {"layer": Solve.of(solution)})
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """Its mean. With smoothed labels less depends on the few hardest images."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    targets = optax.smooth_labels(one_hot, smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+@eqx.filter_jit
+def gradient_cosine(
+    model: eqi.models.ImageClassifier, state, images, labels, adjoints: Any = None
+) -> Float[Array, "..."]:
+    """The cosine between the gradient of the cell's parameters and the exact one, by
+    default that of the model's own adjoint."""
+    if state is None and images.ndim == 4:
+        cosines = jax.vmap(gradient_cosine, (None, None, 0, 0, None))
+        values = cosines(model, None, images, labels, adjoints)
+        return jnp.mean(values, axis=0)
+    features, state = model.encoder(images, state)
+    head: Callable = eqx.nn.inference_mode(model.head)
+    _, report = eqi.gradient_report(
+        model.layer,
+        lambda z: cross_entropy(head(z), labels),
+        features,
+        adjoints=[model.layer.adjoint] if adjoints is None else adjoints,
+        state=state,
+    )
+    return report.cosine

@@ -1,0 +1,244 @@
+"""The training loop: epochs of steps, with a checkpoint after each."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import tqdm
+
+from . import curves, devices, image_data, options as options_module, run_folder
+from .classifiers import cross_entropy, Output
+from .command_line import UserError
+
+
+class Task(NamedTuple):
+    """What is trained, and how.
+
+    - `model`, `state`: a network at the start, and its Equinox state or None.
+    - `forward`: `forward(model, state, images, key) -> Output`.
+    - `optimiser`: an Optax optimiser, the same object for equal runs, so that a step is
+        compiled once.
+    - `at_step`: `at_step(model, step) -> model` puts in the solvers and adjoints of a
+        training step, counted from 0: a schedule. The parameters must stay.
+    - `augment`: `augment(key, images) -> images`, if images are altered in training.
+    - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
+        epoch, from a few training images.
+    - `smoothing`: that of the labels in the loss.
+    """
+
+    model: Any
+    state: Any
+    forward: Callable[..., Output]
+    optimiser: optax.GradientTransformation
+    at_step: Callable[[Any, int], Any] = lambda model, step: model
+    augment: Callable[[Any, Any], Any] | None = None
+    diagnose: Callable[..., dict[str, Any]] | None = None
+    smoothing: float = 0.0
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    return jtu.tree_map(
+        lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
+def _loss(model, state, images, labels, key, task, precision):
+    if task.augment is not None:
+        images = task.augment(jr.fold_in(key, 1), images)
+    # The arrays that are optimised keep their dtype, and so do batch statistics.
+    model, images = cast((model, images), precision)
+    output = task.forward(model, state, images, key)
+    penalty = jnp.mean(jnp.asarray(output.penalty, jnp.float32))
+    loss = cross_entropy(output.logits, labels, task.smoothing) + penalty
+    metrics = {
+        "loss": loss,
+        "train_accuracy": jnp.mean(jnp.argmax(output.logits, axis=-1) == labels),
+    }
+    solves = output.solves.values()
+    if solves:
+        metrics["evaluations"] = sum(jnp.mean(solve.evaluations) for solve in solves)
+        unconverged = [jnp.mean(solve.unconverged) for solve in solves]
+        metrics["unconverged"] = sum(unconverged) / len(unconverged)
+    nonfinite = {k: jnp.any(solve.nonfinite) for k, solve in output.solves.items()}
+    return loss, (output.state, metrics, nonfinite)
+
+
+@eqx.filter_jit
+def train_step(arrays, images, labels, key, task, precision):
+    """Returns the new model, state and optimiser state, and the metrics."""
+    model, state, opt_state = arrays
+    grad_fn = eqx.filter_grad(_loss, has_aux=True)
+    grads, (state, metrics, nonfinite) = grad_fn(
+        model, state, images, labels, key, task, precision
+    )
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, opt_state = task.optimiser.update(grads, opt_state, params)
+    model = eqx.apply_updates(model, updates)
+    metrics["gradient_norm"] = optax.global_norm(grads)
+    return devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
+
+
+@eqx.filter_jit
+def predict(model, state, images, forward, precision):
+    model, images = cast((eqx.nn.inference_mode(model), images), precision)
+    return devices.keep_whole(forward(model, state, images).logits)
+
+
+def accuracy(
+    task: Task,
+    model: Any,
+    state: Any,
+    data: image_data.Dataset,
+    part: image_data.Images,
+    batch_size: int,
+    precision: str = "float32",
+    top: int = 1,
+) -> float:
+    """Of a whole set in inference mode: how often the label is among the `top`."""
+    size, num_correct = len(part.labels), 0
+    for start in range(0, size, batch_size):
+        # The last batch is filled up with the first images, which do not count.
+        indices = np.arange(start, start + batch_size)
+        images, labels = data.normalise(part, indices % size)
+        images = devices.divide(images)
+        logits = np.asarray(predict(model, state, images, task.forward, precision))
+        own = np.take_along_axis(logits, labels[:, None], axis=1)
+        num_above = np.sum(logits > own, axis=1)
+        num_correct += np.sum((num_above < top)[indices < size])
+    return float(num_correct) / size
+
+
+def train(
+    task: Task,
+    data: image_data.Dataset,
+    options: options_module.Options,
+    folder: pathlib.Path,
+    title: str,
+    experiment: str,
+    more: dict[str, Any] | None = None,
+) -> tuple[list[dict[str, Any]], Any, Any]:
+    """Trains, or resumes what is in the folder. Returns the metrics of each epoch, and
+    the trained model and its state.
+
+    `more` are settings that are not options, of which the folder is to keep a record.
+    """
+    num_images = len(data.train.labels)
+    if options.batch_size > num_images:
+        options_module.refuse("batch_size", options.batch_size, f"at most {num_images}")
+    devices.check_batch_size(options.batch_size)
+    record = options_module.record(options, experiment) | (more or {})
+    old_metrics = run_folder.open_run(folder, record)
+    metrics = old_metrics or []
+    opt_state = task.optimiser.init(eqx.filter(task.model, eqx.is_inexact_array))
+    arrays = task.model, task.state, opt_state
+    if old_metrics is None:
+        _save(folder, record, metrics, arrays)
+    else:
+        arrays = run_folder.load(folder, arrays)
+        if len(metrics) == options.epochs:
+            _print(
+                f"{folder} is finished, with {metrics[-1]['test_accuracy']:.2%} of the "
+                "test set right. For another run give another --out."
+            )
+        else:
+            _print(f"{folder}: resuming after epoch {len(metrics)}.")
+    arrays = devices.replicate(arrays)
+
+    for epoch in range(len(metrics) + 1, options.epochs + 1):
+        start = time.perf_counter()
+        arrays, line = _epoch(task, data, options, folder, epoch, arrays)
+        model, state, _ = arrays
+        line["test_accuracy"] = accuracy(
+            task, model, state, data, data.test, options.batch_size, options.precision
+        )
+        if task.diagnose is not None:
+            few = np.arange(min(num_images, 32))
+            line |= task.diagnose(model, state, *data.normalise(data.train, few))
+        line["seconds"] = time.perf_counter() - start
+        metrics = [*metrics, {"epoch": epoch, **line}]
+        # The checkpoint last: only then does the epoch count as done.
+        if devices.is_first():
+            with run_folder.replacing(folder / "curves.png") as path:
+                curves.plot_curves(path, metrics, title)
+        _save(folder, record, metrics, arrays)
+        _report(options, metrics[-1])
+        if epoch == options.epochs:
+            _print(f"The checkpoint, the metrics and their curves are in {folder}.")
+    return metrics, arrays[0], arrays[1]
+
+
+def _epoch(task, data, options, folder, epoch, arrays):
+    key = jr.fold_in(jr.key(options.seed), epoch)
+    order = np.asarray(jr.permutation(key, len(data.train.labels)))
+    num_steps = len(order) // options.batch_size
+    lines, nonfinite = [], []
+    name = f"epoch {epoch}"
+    is_quiet = None if devices.is_first() else True
+    for i in tqdm.trange(num_steps, desc=name, leave=False, disable=is_quiet):
+        indices = order[i * options.batch_size : (i + 1) * options.batch_size]
+        images, labels = devices.divide(data.normalise(data.train, indices))
+        step = (epoch - 1) * num_steps + i
+        model, *rest = arrays
+        arrays, line, bad = train_step(
+            (task.at_step(model, step), *rest),
+            images,
+            labels,
+            jr.fold_in(key, i),
+            task._replace(model=None, state=None, at_step=None, diagnose=None),
+            options.precision,
+        )
+        lines.append(line)
+        nonfinite.append(bad)
+        # The step before, so that the device need not wait for the next.
+        if i > 0:
+            _check_finite(lines[-2], nonfinite[-2], step - 1, epoch, folder)
+    _check_finite(lines[-1], nonfinite[-1], epoch * num_steps - 1, epoch, folder)
+    means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
+    return arrays, means
+
+
+def _check_finite(line, nonfinite, step, epoch, folder):
+    values = float(line["loss"]), float(line["gradient_norm"])
+    if all(np.isfinite(values)):
+        return
+    layers = [name for name, bad in nonfinite.items() if bad]
+    where = (
+        f"The solve of `{layers[0]}` was the first to give a NaN or infinity"
+        if layers
+        else "Every solve gave finite values"
+    )
+    raise UserError(
+        f"step {step} (epoch {epoch}): the loss is {values[0]:g}, the norm of its "
+        f"gradient {values[1]:g}. {where}. {folder} keeps the checkpoint of epoch "
+        f"{epoch - 1}. Try another --out with a smaller --learning-rate"
+    )
+
+
+def _save(folder, record, metrics, arrays):
+    if devices.is_first():
+        run_folder.save(folder, record, metrics, arrays)
+
+
+def _print(text):
+    if devices.is_first():
+        print(text, flush=True)
+
+
+def _report(options, line):
+    parts = [
+        f"epoch {line['epoch']:{len(str(options.epochs))}}/{options.epochs}",
+        f"loss {line['loss']:.4f}",
+        f"train {line['train_accuracy']:6.2%}",
+        f"test {line['test_accuracy']:6.2%}",
+    ]
+    if "evaluations" in line:
+        parts.append(f"evaluations {line['evaluations']:4.1f}")
+        parts.append(f"unconverged {line['unconverged']:.1%}")
+    _print("  ".join([*parts, f"{line['seconds']:.1f} s"]))
