@@ -2,9 +2,7 @@
 networks for vector fields, training of many seeds at once, and the results file.
 """
 
-import json
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import diffrax
@@ -15,7 +13,6 @@ import jax.random as jr
 import optax
 import tqdm
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
-from training import run_folder
 from training.command_line import UserError
 
 
@@ -174,41 +171,3 @@ def fit(
 
 def rmse(actual: Array, expected: Array, axis: Any = None) -> Array:
     return jnp.sqrt(jnp.mean(jnp.square(actual - expected), axis=axis))
-
-
-def save_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes `results.json`. Arrays become lists, numbers that are not finite null."""
-
-    def plain(value):
-        if isinstance(value, pathlib.Path):
-            return str(value)
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        if value is None or isinstance(value, str | bool):
-            return value
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if isinstance(value, list):
-            return plain(value)
-        return value if abs(value) < float("inf") else None
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with run_folder.replacing(folder / "results.json") as path:
-        path.write_text(json.dumps(plain(results), indent=1) + "\n")
-
-
-def spread(values: Sequence[float] | Array) -> str:
-    """The mean of the seeds, and the range if there are several."""
-    values = jnp.asarray(values).reshape(-1)
-    mean = f"{float(jnp.mean(values)):.3g}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({float(jnp.min(values)):.3g} to {float(jnp.max(values)):.3g})"
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

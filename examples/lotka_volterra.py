@@ -24,7 +24,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from training import command_line, figures
+from training import command_line, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -250,7 +250,33 @@ def run(config: Config):
             "law": None if expected is None else [expected.real, expected.imag],
             "seconds": seconds,
         }
-    return {"config": dataclasses.asdict(config), "results": results}, curves, histories
+    content = {
+        "experiment": f"Lotka-Volterra, setting of the {config.setting}",
+        "config": dataclasses.asdict(config),
+        "rows": rows(results),
+        "results": results,
+    }
+    return content, curves, histories
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    names = {
+        "train_loss": "train loss",
+        "rmse_50": "RMSE in steps to time 50",
+        "rmse_200": "RMSE in steps to time 200",
+        "amplitude": "amplitude in continuous time at 200, over the true one",
+    }
+    lines = []
+    for layer, one in results.items():
+        name = f"theta {layer}" if layer[0].isdigit() else layer
+        for key, quantity in names.items():
+            text = f"{name}: {quantity}"
+            lines.append(results_file.row(text, one[key], "figure only", "figure only"))
+        if one["law"] is not None:
+            distance = np.hypot(*(np.asarray(one["eigenvalue"]) - one["law"]).T)
+            text = f"{name}: distance of the eigenvalue from the law"
+            lines.append(results_file.row(text, distance))
+    return lines
 
 
 def report(results: dict[str, Any]) -> None:
@@ -260,14 +286,14 @@ def report(results: dict[str, Any]) -> None:
         rows.append(
             [
                 layer,
-                dynamics.spread(one["train_loss"]),
-                dynamics.spread(one["rmse_50"]),
-                dynamics.spread(one["rmse_200"]),
-                dynamics.spread(one["amplitude"]),
-                dynamics.spread(one["reach"]),
+                results_file.spread(one["train_loss"]),
+                results_file.spread(one["rmse_50"]),
+                results_file.spread(one["rmse_200"]),
+                results_file.spread(one["amplitude"]),
+                results_file.spread(one["reach"]),
                 f"{float(jnp.mean(real)):+.4f} {float(jnp.mean(imaginary)):+.4f}i",
                 "" if one["law"] is None else "{:+.4f} {:+.4f}i".format(*one["law"]),
-                dynamics.spread(one["energy_drift"]),
+                results_file.spread(one["energy_drift"]),
                 " + ".join(f"{s:.0f}" for s in one["seconds"]),
             ]
         )
@@ -280,7 +306,7 @@ def report(results: dict[str, Any]) -> None:
         "reach",
     ]
     header += ["eigenvalue", "law", "energy drift", "seconds"]
-    dynamics.print_table(header, rows)
+    results_file.print_table(header, rows)
 
 
 def draw(config: Config, curves, histories) -> None:
@@ -324,7 +350,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     jax.config.update("jax_enable_x64", True)
     results, curves, histories = run(config)
     report(results)
-    dynamics.save_results(config.out, results)
+    results_file.save(config.out, results)
     draw(config, curves, histories)
     print(f"Figures and results.json are in {config.out}")
     return results

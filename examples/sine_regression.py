@@ -25,7 +25,7 @@ import optax
 import optimistix as optx
 import tyro
 from jaxtyping import Array
-from training import command_line, figures
+from training import command_line, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -195,19 +195,39 @@ def run(config: Config):
                     key: np.asarray(h[mine.start]) for key, h in history.items()
                 },
             }
-    return {"config": dataclasses.asdict(config), "results": results}, curves
+    content = {
+        "experiment": "sine regression",
+        "config": dataclasses.asdict(config),
+        "rows": rows(results),
+        "results": results,
+    }
+    return content, curves
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    known = {
+        "theta 0.5, weight 0": "1e-4",
+        "theta 0.5, weight 1": "1.7e-3",
+        "theta 0.5, weight 3": "1.1e-2",
+    }
+    return [
+        results_file.row(
+            f"{name}: MSE", one["mse"], "figure only", known.get(name, "figure only")
+        )
+        for name, one in results.items()
+    ]
 
 
 def report(results: dict[str, Any]) -> None:
     keys = ("mse", "validation_mse", "continuous_mse", "newton_steps", "lbfgs_steps")
     keys += ("least_real_part", "largest_growth", "solved")
     rows = [
-        [name, *(dynamics.spread(one[key]) for key in keys)]
+        [name, *(results_file.spread(one[key]) for key in keys)]
         for name, one in results["results"].items()
     ]
     header = ["", "MSE", "validation", "continuous", "Newton", "L-BFGS"]
     header += ["least Re", "largest |R|", "solved"]
-    dynamics.print_table(header, rows)
+    results_file.print_table(header, rows)
 
 
 def draw(config: Config, curves) -> None:
@@ -272,7 +292,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     jax.config.update("jax_enable_x64", True)
     results, curves = run(config)
     report(results)
-    dynamics.save_results(config.out, results)
+    results_file.save(config.out, results)
     draw(config, curves)
     print(f"Figures and results.json are in {config.out}")
     return results

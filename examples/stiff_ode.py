@@ -22,7 +22,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from training import command_line, figures
+from training import command_line, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -194,17 +194,40 @@ def run(config: Config):
             name = f"theta {theta:g}, {points} points"
             results[name] = {**scores, "loss": history["loss"][:, -50:].mean(1)}
             results[name]["seconds"] = seconds
-    return {"config": dataclasses.asdict(config), "results": results}, curves
+    content = {
+        "experiment": f"stiff equation, setting of the {config.setting}",
+        "config": dataclasses.asdict(config),
+        "rows": rows(results),
+        "results": results,
+    }
+    return content, curves
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    known = {"theta 0.5, 10 points": ".026 (50 trajectories)"}
+    return [
+        results_file.row(
+            f"{name}: RMSE on all points",
+            one["rmse"],
+            "figure only",
+            known.get(name, "figure only"),
+        )
+        for name, one in results.items()
+    ]
 
 
 def report(results: dict[str, Any]) -> None:
     keys = ("rmse", "transient_rmse", "continuous_rmse")
     rows = [
-        [name, *(dynamics.spread(one[key]) for key in keys), f"{one['seconds']:.1f}"]
+        [
+            name,
+            *(results_file.spread(one[key]) for key in keys),
+            f"{one['seconds']:.1f}",
+        ]
         for name, one in results["results"].items()
     ]
     header = ["", "RMSE", "in the transient", "continuous time", "seconds"]
-    dynamics.print_table(header, rows)
+    results_file.print_table(header, rows)
 
 
 def draw(config: Config, curves) -> None:
@@ -235,7 +258,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     jax.config.update("jax_enable_x64", True)
     results, curves = run(config)
     report(results)
-    dynamics.save_results(config.out, results)
+    results_file.save(config.out, results)
     draw(config, curves)
     print(f"Figures and results.json are in {config.out}")
     return results

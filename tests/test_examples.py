@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 from training import classifiers, command_line, image_data, loop
 
 
@@ -50,6 +51,10 @@ def idx(array):
     )
 
 
+def checksum(content):
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
 @pytest.fixture
 def mnist(tmp_path, monkeypatch):
     """A made-up set of 20 and 4 images in MNIST's format."""
@@ -65,7 +70,7 @@ def mnist(tmp_path, monkeypatch):
     files = {}
     for name, array in zip(image_data.SOURCES["mnist"].files, arrays):
         (folder / name).write_bytes(idx(array))
-        files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        files[name] = checksum((folder / name).read_bytes())
     source = image_data.SOURCES["mnist"]._replace(files=files)
     monkeypatch.setitem(image_data.SOURCES, "mnist", source)
     return folder, arrays
@@ -94,7 +99,7 @@ def test_cifar10_files_are_read_as_published(tmp_path, monkeypatch):
         planes = image.transpose(0, 3, 1, 2).reshape(2, -1)
         rows = np.concatenate([np.array([[3], [7]], np.uint8), planes], 1)
         (folder / name).write_bytes(rows.tobytes())
-        files[name] = hashlib.sha256(rows.tobytes()).hexdigest()
+        files[name] = checksum(rows.tobytes())
         images.append(image)
     source = image_data.SOURCES["cifar10"]._replace(files=files)
     monkeypatch.setitem(image_data.SOURCES, "cifar10", source)
@@ -102,6 +107,23 @@ def test_cifar10_files_are_read_as_published(tmp_path, monkeypatch):
     assert np.array_equal(data.train.images, np.concatenate(images[:-1]))
     assert np.array_equal(data.test.images, images[-1])
     assert data.test.labels.tolist() == [3, 7]
+
+
+def test_svhn_files_are_read_as_published(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
+    files = {}
+    for name, some in zip(image_data.SOURCES["svhn"].files, images):
+        labels = np.array([[10], [1], [9]], np.uint8)
+        content = {"X": some.transpose(1, 2, 3, 0), "y": labels}
+        scipy.io.savemat(tmp_path / name, content, do_compression=True)
+        files[name] = checksum((tmp_path / name).read_bytes())
+    source = image_data.SOURCES["svhn"]._replace(files=files)
+    monkeypatch.setitem(image_data.SOURCES, "svhn", source)
+    data = image_data.load("svhn", tmp_path)
+    assert np.array_equal(data.train.images, images[0])
+    assert np.array_equal(data.test.images, images[1])
+    assert data.test.labels.tolist() == [0, 1, 9]
 
 
 def test_digits_are_split_without_overlap():

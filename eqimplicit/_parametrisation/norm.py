@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -6,7 +7,8 @@ from .base import AbstractParametrisation
 
 class WeightNorm(AbstractParametrisation):
     r"""Weight normalisation: $w = g \, v / \|v\|_2$, with one length $g$ for each slice
-    of the weight along its first axis (each output unit of an [`equinox.nn.Linear`][]).
+    of the weight along one axis, that of the output units: the first of an
+    [`equinox.nn.Linear`][], the last of an [`eqimplicit.models.Conv2d`][].
 
     Separates the length of a weight from its direction, which steadies the training of
     deep equilibrium models.
@@ -24,23 +26,25 @@ class WeightNorm(AbstractParametrisation):
         ```
     """
 
-    direction: Float[Array, "out ..."]
-    length: Float[Array, " out"]
+    direction: Float[Array, "..."]
+    length: Float[Array, "..."]
+    axis: int = eqx.field(static=True)
 
-    def __init__(self, weight: Float[Array, "out ..."]):
+    def __init__(self, weight: Float[Array, "..."], axis: int = 0):
         """**Arguments:**
 
-        - `weight`: the weight to start from, with at least one axis; `resolve` first
-            returns just this weight. No slice of it may be zero.
+        - `weight`: the weight to start from; `resolve` first returns just this weight.
+            No slice of it may be zero.
+        - `axis`: the axis of the output units.
         """
         self.direction = weight
-        self.length = _lengths(weight)
+        self.axis = axis
+        self.length = self._norms()
 
-    def resolve(self) -> Float[Array, "out ..."]:
-        factor = self.length / _lengths(self.direction)
-        shape = factor.shape + (1,) * (self.direction.ndim - 1)
-        return factor.reshape(shape) * self.direction
+    def resolve(self) -> Float[Array, "..."]:
+        return self.length / self._norms() * self.direction
 
-
-def _lengths(weight: Float[Array, "out ..."]) -> Float[Array, " out"]:
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=tuple(range(1, weight.ndim))))
+    def _norms(self):
+        ndim = self.direction.ndim
+        others = tuple(i for i in range(ndim) if i != self.axis % ndim)
+        return jnp.sqrt(jnp.sum(jnp.square(self.direction), others, keepdims=True))

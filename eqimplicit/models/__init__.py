@@ -11,10 +11,17 @@ from .base import (
     OneStep as OneStep,
     ResidualCell as ResidualCell,
 )
+from .implicit_resnet import ConvField as ConvField, ImplicitResNet as ImplicitResNet
 from .jfb import (
     jfb_cifar10 as jfb_cifar10,
     jfb_mnist as jfb_mnist,
     jfb_svhn as jfb_svhn,
+)
+from .multiscale import (
+    mdeq as mdeq,
+    MDEQCell as MDEQCell,
+    MDEQHead as MDEQHead,
+    ZeroBranches as ZeroBranches,
 )
 from .resnet import (
     DeepEncoder as DeepEncoder,

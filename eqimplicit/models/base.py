@@ -29,6 +29,7 @@ class ConvEncoder(eqx.Module):
     convs: tuple[Conv2d, Conv2d]
     norms: tuple[Callable, Callable]
     pool: int = eqx.field(static=True)
+    slope: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -37,6 +38,8 @@ class ConvEncoder(eqx.Module):
         out_channels: int = 32,
         pool: int = 3,
         norm: Callable[[int, bool], Callable] = BatchNorm,
+        use_bias: bool = True,
+        slope: float = 0.1,
         *,
         key: PRNGKeyArray,
     ):
@@ -47,13 +50,17 @@ class ConvEncoder(eqx.Module):
         - `out_channels`: the number of channels after the second.
         - `pool`: the size of the windows of the max-pooling between the two.
         - `norm`: makes a normalisation layer, as `norm(channels, affine)`.
+        - `use_bias`: whether the convolutions have biases.
+        - `slope`: that of the leaky ReLU on negative numbers.
         - `key`: a `jax.random` key for the parameters.
         """
         keys = jr.split(key)
+        conv = ft.partial(Conv2d, kernel_size=3, padding=1, use_bias=use_bias)
         self.convs = (
-            Conv2d(in_channels, hidden_channels, 3, padding=1, key=keys[0]),
-            Conv2d(hidden_channels, out_channels, 3, padding=1, key=keys[1]),
+            conv(in_channels, hidden_channels, key=keys[0]),
+            conv(hidden_channels, out_channels, key=keys[1]),
         )
+        self.slope = slope
         self.norms = norm(hidden_channels, True), norm(out_channels, True)
         self.pool = pool
 
@@ -77,9 +84,9 @@ class ConvEncoder(eqx.Module):
         A pair of the features and the new state.
         """
         x, state = self.norms[0](self.convs[0](x), state)
-        x = leaky_relu(_max_pool(x, self.pool))
+        x = jax.nn.leaky_relu(_max_pool(x, self.pool), self.slope)
         x, state = self.norms[1](self.convs[1](x), state)
-        return leaky_relu(x), state
+        return jax.nn.leaky_relu(x, self.slope), state
 
 
 class ResidualCell(eqx.Module):

@@ -17,13 +17,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pooch
+import scipy.io
 import sklearn.datasets
 from jaxtyping import Float, Int, UInt8
 
 from .command_line import UserError
 
 
-Name = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
+Name = Literal["digits", "mnist", "fashion-mnist", "svhn", "cifar10"]
 
 
 class Images(NamedTuple):
@@ -47,7 +48,7 @@ class Dataset(NamedTuple):
 class Source(NamedTuple):
     """Where the files of a data set are found: the folders below the data folder, the
     address, with the checksum of the archive if it is one, and the files in the order
-    in which they are read, with their SHA-256 checksums.
+    in which they are read, with their checksums.
     """
 
     folders: tuple[str, ...]
@@ -63,16 +64,16 @@ SOURCES = {
         None,
         {
             "train-images-idx3-ubyte.gz": (
-                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
+                "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
             ),
             "train-labels-idx1-ubyte.gz": (
-                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
+                "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
             ),
             "t10k-images-idx3-ubyte.gz": (
-                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+                "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
             ),
             "t10k-labels-idx1-ubyte.gz": (
-                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+                "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
             ),
         },
     ),
@@ -82,17 +83,26 @@ SOURCES = {
         None,
         {
             "train-images-idx3-ubyte.gz": (
-                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+                "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
             ),
             "train-labels-idx1-ubyte.gz": (
-                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+                "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
             ),
             "t10k-images-idx3-ubyte.gz": (
-                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+                "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
             ),
             "t10k-labels-idx1-ubyte.gz": (
-                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+                "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
             ),
+        },
+    ),
+    "svhn": Source(
+        ("svhn", "."),
+        "http://ufldl.stanford.edu/housenumbers/",
+        None,
+        {
+            "train_32x32.mat": "md5:e26dedcc434d2e4c54c9b2d4a06d8373",
+            "test_32x32.mat": "md5:eb5a983be6a315427106f1b164d9cef3",
         },
     ),
     "cifar10": Source(
@@ -106,22 +116,22 @@ SOURCES = {
         "md5:c32a1d4ab5d03f1284b67883e8d87530",
         {
             "data_batch_1.bin": (
-                "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
+                "sha256:cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
             ),
             "data_batch_2.bin": (
-                "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
+                "sha256:a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
             ),
             "data_batch_3.bin": (
-                "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
+                "sha256:bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
             ),
             "data_batch_4.bin": (
-                "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
+                "sha256:014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
             ),
             "data_batch_5.bin": (
-                "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
+                "sha256:755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
             ),
             "test_batch.bin": (
-                "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"
+                "sha256:8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"
             ),
         },
     ),
@@ -136,6 +146,8 @@ def load(name: Name, data_dir: pathlib.Path, train_size: int | None = None) -> D
         batches = [_read_cifar10(path) for path in find_files(name, data_dir)]
         train = Images(*(np.concatenate(arrays) for arrays in zip(*batches[:-1])))
         test = batches[-1]
+    elif name == "svhn":
+        train, test = (_read_svhn(path) for path in find_files(name, data_dir))
     else:
         arrays = [_read_idx(path) for path in find_files(name, data_dir)]
         train, test = (
@@ -178,6 +190,13 @@ def _read_cifar10(path):
     return Images(images, rows[:, 0].astype(np.int32))
 
 
+def _read_svhn(path):
+    # A MATLAB file, with the images along the last axis, and 10 for the label 0.
+    content = scipy.io.loadmat(path)
+    labels = content["y"].reshape(-1).astype(np.int32) % 10
+    return Images(content["X"].transpose(3, 0, 1, 2), labels)
+
+
 def find_files(name: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
     """The checked files of a data set; the missing ones are downloaded."""
     source = SOURCES[name]
@@ -194,7 +213,7 @@ def find_files(name: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
             path = data_dir / source.folders[0] / file
             with _report_failure(path):
                 if source.archive is None:
-                    _download(source.url + file, path, "sha256:" + source.files[file])
+                    _download(source.url + file, path, source.files[file])
                 elif not path.exists():  # or it came with an earlier one
                     _download_archive(source, path.parent)
             found[file] = path
@@ -204,7 +223,8 @@ def find_files(name: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
 def _check(path, name, checksum):
     try:
         with path.open("rb") as file:
-            is_published = hashlib.file_digest(file, "sha256").hexdigest() == checksum
+            algorithm, _, digest = checksum.partition(":")
+            is_published = hashlib.file_digest(file, algorithm).hexdigest() == digest
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not is_published:

@@ -27,6 +27,7 @@ class Task(NamedTuple):
         compiled once.
     - `at_step`: `at_step(model, step) -> model` puts in the solvers and adjoints of a
         training step, counted from 0: a schedule. The parameters must stay.
+    - `after`: `after(model) -> model`, called after every step of the optimiser.
     - `augment`: `augment(key, images) -> images`, if images are altered in training.
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
         epoch, from a few training images.
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     forward: Callable[..., Output]
     optimiser: optax.GradientTransformation
     at_step: Callable[[Any, int], Any] = lambda model, step: model
+    after: Callable[[Any], Any] = lambda model: model
     augment: Callable[[Any, Any], Any] | None = None
     diagnose: Callable[..., dict[str, Any]] | None = None
     smoothing: float = 0.0
@@ -80,7 +82,7 @@ def train_step(arrays, images, labels, key, task, precision):
     )
     params = eqx.filter(model, eqx.is_inexact_array)
     updates, opt_state = task.optimiser.update(grads, opt_state, params)
-    model = eqx.apply_updates(model, updates)
+    model = task.after(eqx.apply_updates(model, updates))
     metrics["gradient_norm"] = optax.global_norm(grads)
     return devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
 

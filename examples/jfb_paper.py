@@ -1,0 +1,392 @@
+"""The experiments of the JFB paper: how training fares with the Jacobian-free gradient,
+several terms of the Neumann series, the paper's conjugate gradients, and the exact
+gradient.
+
+    python examples/jfb_paper.py --dataset mnist --data-dir data
+    python examples/jfb_paper.py --dataset mnist --data-dir data --small
+
+Each method and seed has a run folder of its own, so that the same command resumes.
+"""
+
+import dataclasses
+import functools as ft
+import pathlib
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import tyro
+from normal_equations import NormalEquationsCG
+from training import (
+    classifiers,
+    command_line,
+    figures,
+    image_data,
+    loop,
+    options,
+    results as results_file,
+)
+from training.command_line import UserError
+
+import eqimplicit as eqi
+
+
+Method = Literal[
+    "explicit",
+    "jfb",
+    "neumann-1",
+    "neumann-5",
+    "neumann-10",
+    "cg",
+    "cg-converged",
+    "exact",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(options.Options):
+    """Repeat the experiments of the JFB paper."""
+
+    dataset: image_data.Name = "mnist"
+    """The digits are embedded, the others are in --data-dir."""
+
+    methods: tuple[Method, ...] = (
+        "explicit",
+        "jfb",
+        "neumann-1",
+        "neumann-5",
+        "neumann-10",
+        "cg",
+        "cg-converged",
+        "exact",
+    )
+    """explicit applies the cell once; neumann-K adds K products
+    with the Jacobian; cg is conjugate gradients as the paper
+    stops them, without normalisation in the cell; so is
+    cg-converged, with a residual below 1e-5 of the gradient;
+    exact is this package's own, with normalisation."""
+
+    epochs: int | None = None
+    """Passes over the training images."""
+
+    batch_size: int = 100
+    """Images per training step."""
+
+    learning_rate: float | None = None
+    """Of Adam. By default the paper's, or 1e-3 if small."""
+
+    seeds: int = 1
+    """Runs of each method, from --seed on."""
+
+    small: bool = False
+    """A setting for two cores: fewer images and epochs."""
+
+    out: pathlib.Path | None = None
+    """The folder of the experiment, by default runs/jfb-..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the paper does on a data set, and what it found: in percent, of the paper
+    and of the files that its authors published."""
+
+    make: Any
+    learning_rate: float
+    weight_decay: float
+    atol: float
+    max_steps: int
+    epochs: int
+    small: dict[str, int]
+    paper: dict[str, str]
+    code: dict[str, str]
+    augment: bool = False
+
+
+_mnist = Setting(
+    eqi.models.jfb_mnist,
+    learning_rate=1e-4,
+    weight_decay=1e-6,
+    atol=1e-4,
+    max_steps=50,
+    epochs=40,
+    small={"epochs": 3, "train_size": 6000, "test_size": 2000},
+    paper={"jfb": "99.4", "explicit": "99.4", "cg": "99.2"},
+    code={"jfb": "99.36", "explicit": "99.29", "cg": "95.99"},
+)
+SETTINGS = {
+    "digits": dataclasses.replace(
+        _mnist,
+        make=ft.partial(eqi.models.jfb_mnist, pool=1),
+        small={"epochs": 10},
+        paper={},
+        code={},
+    ),
+    "mnist": _mnist,
+    "fashion-mnist": dataclasses.replace(_mnist, paper={}, code={}),
+    "svhn": Setting(
+        eqi.models.jfb_svhn,
+        learning_rate=1e-4,
+        weight_decay=2e-4,
+        atol=1e-4,
+        max_steps=200,
+        epochs=30,
+        small={"epochs": 1, "train_size": 1000, "test_size": 500},
+        paper={"jfb": "94.1", "explicit": "93.7", "cg": "90.1"},
+        code={"jfb": "94.12", "explicit": "93.89", "cg": "84.67"},
+    ),
+    "cifar10": Setting(
+        eqi.models.jfb_cifar10,
+        learning_rate=1e-3,
+        weight_decay=1e-3,
+        atol=1e-1,
+        max_steps=50,
+        epochs=40,
+        small={"epochs": 1, "train_size": 200, "test_size": 100},
+        paper={"jfb": "93.67", "cg": "87.9"},
+        code={},
+        augment=True,
+    ),
+}
+
+
+def make_adjoint(method: Method, setting: Setting) -> Any:
+    """The adjoint of a method, and how many products with J one gradient takes, where
+    that is fixed."""
+    if method in ("explicit", "jfb"):
+        return eqi.JFBAdjoint()
+    if method.startswith("neumann-"):
+        return eqi.NeumannAdjoint(num_terms=int(method.removeprefix("neumann-")) + 1)
+    if method == "cg":
+        solver = NormalEquationsCG(setting.atol, setting.max_steps)
+        return eqi.ImplicitAdjoint(solver)
+    if method == "cg-converged":
+        return eqi.ImplicitAdjoint(NormalEquationsCG(1e-5 / 100, 500))
+    return eqi.ImplicitAdjoint()
+
+
+def make_model(method: Method, setting: Setting, shape, seed: int) -> tuple[Any, Any]:
+    def layer(cell):
+        if method == "explicit":
+            return eqi.models.OneStep(cell)
+        solver = eqi.Picard(rtol=0.0, atol=setting.atol, norm=largest_of_batch)
+        return eqi.DEQ(cell, solver, make_adjoint(method, setting), setting.max_steps)
+
+    cell_norm = eqi.models.NoNorm if method.startswith("cg") else None
+    make = eqx.nn.make_with_state(setting.make)
+    return make(shape, cell_norm=cell_norm, layer=layer, key=jr.key(seed))
+
+
+def largest_of_batch(tree: Any) -> jax.Array:
+    """The largest two-norm of an image, with which the paper stops."""
+    squares = sum(
+        jnp.sum(jnp.square(x.astype(jnp.float32)), axis=range(1, x.ndim))
+        for x in jax.tree.leaves(tree)
+    )
+    return jnp.sqrt(jnp.max(squares))
+
+
+@ft.cache
+def make_optimiser(learning_rate, weight_decay, halve_every):
+    schedule: Any = learning_rate
+    if halve_every is not None:
+        schedule = optax.exponential_decay(
+            learning_rate, halve_every, 0.5, staircase=True
+        )
+    # Decay in the gradient, as PyTorch's Adam has it.
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(schedule))
+
+
+def augment(key, images):
+    """A flip, a crop after a frame of 2 pixels, and a random rectangle of noise."""
+
+    def one(key, image):
+        keys = jr.split(key, 5)
+        image = jnp.where(jr.bernoulli(keys[0]), image[:, ::-1], image)
+        height, width, _ = image.shape
+        framed = jnp.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=0.449)
+        top, left = jr.randint(keys[1], (2,), 0, 5)
+        image = jax.lax.dynamic_slice(framed, (top, left, 0), image.shape)
+        area = height * width * jr.uniform(keys[2], minval=0.1, maxval=0.25)
+        ratio = jnp.exp(jr.uniform(keys[3], minval=jnp.log(0.3), maxval=jnp.log(3.3)))
+        size = jnp.array([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)])
+        limits = jnp.array([height, width]) - size
+        corner = jr.uniform(keys[4], (2,)) * jnp.maximum(limits, 0)
+        rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+        inside = (rows >= corner[0]) & (rows < corner[0] + size[0])
+        inside &= (columns >= corner[1]) & (columns < corner[1] + size[1])
+        noise_key, chance_key = jr.split(key)
+        erased = inside & jr.bernoulli(chance_key, 0.95)
+        return jnp.where(erased[..., None], jr.normal(noise_key, image.shape), image)
+
+    return jax.vmap(one)(jr.split(key, len(images)), images)
+
+
+@eqx.filter_jit
+def inspect_gradient(model, state, images, labels):
+    """The cosine of a batch's gradient to the exact one, and its products with J."""
+    features, state = eqx.nn.inference_mode(model.encoder)(images, state)
+    head = eqx.nn.inference_mode(model.head)
+    loss = lambda z: classifiers.cross_entropy(head(z), labels)
+    _, report = eqi.gradient_report(
+        model.layer, loss, features, adjoints=[model.layer.adjoint], state=state
+    )
+    return report.cosine, report.num_products
+
+
+def diagnose(model, state, images, labels):
+    if isinstance(model.layer, eqi.models.OneStep):
+        return {}
+    cosine, products = inspect_gradient(model, state, images, labels)
+    return {"gradient_cosine": float(cosine), "products": int(products)}
+
+
+def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    setting = SETTINGS[config.dataset]
+    small = setting.small if config.small else {}
+    learning_rate = config.learning_rate or (
+        1e-3 if config.small else setting.learning_rate
+    )
+    config = dataclasses.replace(
+        config,
+        epochs=config.epochs or small.get("epochs", setting.epochs),
+        train_size=config.train_size or small.get("train_size"),
+        learning_rate=learning_rate,
+    )
+    options.start(config)
+    if config.seeds < 1:
+        options.refuse("seeds", config.seeds, "at least 1")
+    if not config.methods:
+        raise UserError("--methods needs at least one method")
+    data = image_data.load(
+        config.dataset, options.data_folder(config), config.train_size
+    )
+    test = image_data.Images(*(x[: small.get("test_size")] for x in data.test))
+    data = data._replace(test=test)
+    steps = len(data.train.labels) // config.batch_size
+    folder = config.out or pathlib.Path("runs", f"jfb-{config.dataset}")
+    histories = {}
+    for method in config.methods:
+        histories[method] = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            model, state = make_model(
+                method, setting, data.train.images.shape[1:], seed
+            )
+            task = loop.Task(
+                model,
+                state,
+                classifiers.forward,
+                make_optimiser(
+                    config.learning_rate,
+                    setting.weight_decay,
+                    200 * steps if setting.augment else None,
+                ),
+                augment=augment if setting.augment else None,
+                diagnose=diagnose,
+            )
+            metrics, _, _ = loop.train(
+                task,
+                data,
+                # So that more methods and seeds can join the same experiment.
+                dataclasses.replace(config, methods=(method,), seed=seed, seeds=1),
+                folder / f"{method}-{seed}",
+                f"{config.dataset}: {method}",
+                "jfb-paper",
+            )
+            histories[method].append(metrics)
+    return summarise(config, setting, histories, len(data.test.labels)), histories
+
+
+def summarise(config, setting, histories, test_size):
+    rows, results = [], {}
+    for method, runs in histories.items():
+        last = [metrics[-1] for metrics in runs]
+        # The first epoch of each contains the compilation.
+        seconds = [
+            float(np.mean([line["seconds"] for line in metrics[1:] or metrics]))
+            for metrics in runs
+        ]
+        results[method] = {
+            "test_accuracy": [line["test_accuracy"] for line in last],
+            "seconds": seconds,
+            "evaluations": [line.get("evaluations") for line in last],
+            "unconverged": [line.get("unconverged") for line in last],
+            "products": [line.get("products") for line in last],
+            "gradient_cosine": [line.get("gradient_cosine") for line in last],
+        }
+        rows.append(
+            results_file.row(
+                f"{method}: test accuracy, %",
+                100 * np.array(results[method]["test_accuracy"]),
+                setting.paper.get(method, "not stated"),
+                setting.code.get(method, "not known"),
+            )
+        )
+        rows.append(results_file.row(f"{method}: seconds per epoch", seconds))
+        if method != "explicit":
+            rows.append(
+                results_file.row(
+                    f"{method}: products with J per gradient",
+                    results[method]["products"],
+                )
+            )
+    size = ", small" if config.small else ""
+    return {
+        "experiment": f"JFB paper, {config.dataset}{size}, {config.epochs} epochs",
+        "config": dataclasses.asdict(config),
+        "test_size": test_size,
+        "rows": rows,
+        "results": results,
+    }
+
+
+def report(content: dict[str, Any]) -> None:
+    keys = ("test_accuracy", "seconds", "evaluations", "unconverged", "products")
+    keys += ("gradient_cosine",)
+    rows = [
+        [method, *(results_file.spread(one[key]) for key in keys)]
+        for method, one in content["results"].items()
+    ]
+    header = ["method", "test accuracy", "s / epoch", "evaluations", "unconverged"]
+    results_file.print_table([*header, "products", "cosine"], rows)
+
+
+def draw(config: Config, folder: pathlib.Path, histories: dict[str, list[Any]]) -> None:
+    """Accuracy against epochs and against time, as in the paper's figures 5, 6 and 9,
+    and the cosine with the exact gradient."""
+    figure, axes = figures.grid(1, 3, height=3.3)
+    colours = (*figures.COLOURS, figures.LIGHT, figures.DARK)
+    for (method, runs), colour in zip(histories.items(), colours):
+        accuracy = np.mean([[m["test_accuracy"] for m in run] for run in runs], 0)
+        seconds = np.mean([np.cumsum([m["seconds"] for m in run]) for run in runs], 0)
+        epochs = np.arange(1, len(accuracy) + 1)
+        style = {"color": colour, "markersize": 3, "label": method}
+        axes[0, 0].plot(epochs, 100 * accuracy, "o-", **style)
+        axes[0, 1].plot(seconds, 100 * accuracy, "o-", **style)
+        if method != "explicit":
+            cosines = np.mean([[m["gradient_cosine"] for m in run] for run in runs], 0)
+            axes[0, 2].plot(epochs, cosines, "o-", **style)
+    axes[0, 0].set(xlabel="epoch", ylabel="test accuracy, %")
+    axes[0, 1].set(xlabel="seconds, with evaluation", ylabel="test accuracy, %")
+    axes[0, 2].set(xlabel="epoch", ylabel="cosine with the exact gradient")
+    figures.legend(axes[0, 0])
+    title = f"{config.dataset}: the gradients of the JFB paper"
+    figures.save(figure, folder, "accuracy.png", title)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    config = tyro.cli(Config, args=args)
+    content, histories = run(config)
+    folder = config.out or pathlib.Path("runs", f"jfb-{config.dataset}")
+    report(content)
+    results_file.save(folder, content)
+    draw(config, folder, histories)
+    print(f"The figure and results.json are in {folder}.")
+    return content
+
+
+if __name__ == "__main__":
+    command_line.run(main)
