@@ -53,7 +53,7 @@ def count_products(fn, layer, x):
     )
 
     def count(name):
-        total = sum(map(count, re.findall(r" call @(\w+)", functions[name])))
+        total = sum(map(count, re.findall(r"(?<!custom_)call @(\w+)", functions[name])))
         for region in re.split(r"cond \{|\} do \{", functions[name]):
             products = re.findall("dot_general (.*, .*?), (?:.*) : (.*) -> ", region)
             total += len({operands for operands, types in products if matrix in types})
