@@ -48,11 +48,18 @@ def count_products(fn, layer, x):
     """
     program = eqx.filter_jit(fn).lower(layer, x).as_text()
     matrix = f"tensor<{SIZE}x{SIZE}xf64>"
-    count = 0
-    for region in re.split(r"func\.func|cond \{|\} do \{", program):
-        products = re.findall("dot_general (.*, .*?), (?:.*) : (.*) -> ", region)
-        count += len({operands for operands, types in products if matrix in types})
-    return count
+    functions = dict(
+        re.findall(r"func\.func \w+ @(\w+)(.*?)(?=func\.func|\Z)", program, re.DOTALL)
+    )
+
+    def count(name):
+        total = sum(map(count, re.findall(r"(?<!custom_)call @(\w+)", functions[name])))
+        for region in re.split(r"cond \{|\} do \{", functions[name]):
+            products = re.findall("dot_general (.*, .*?), (?:.*) : (.*) -> ", region)
+            total += len({operands for operands, types in products if matrix in types})
+        return total
+
+    return count("main")
 
 
 @pytest.mark.parametrize("name", SOLVERS)
