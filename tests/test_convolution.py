@@ -192,3 +192,12 @@ def test_parameters_are_uniform_in_the_fan_in(getkey):
         assert jnp.max(jnp.abs(leaf)) <= bound
         assert jnp.allclose(jnp.std(leaf), bound / 3**0.5, rtol=0.1)
     assert Conv2d(3, 5, 5, use_bias=False, key=getkey()).bias is None
+
+
+def test_is_transposed_twice(getkey):
+    # As by conjugate gradients on the normal equations of a backward solve.
+    conv = Conv2d(16, 16, 3, padding=1, use_bias=False, key=getkey())
+    x = jr.normal(getkey(), (2, 5, 5, 16))
+    _, pull_back = jax.vjp(conv, x)
+    push_forward = jax.linear_transpose(lambda y: pull_back(y)[0], x)
+    assert jnp.allclose(jax.jit(push_forward)(x)[0], conv(x), rtol=1e-12)

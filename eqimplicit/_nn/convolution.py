@@ -180,6 +180,11 @@ def _with_transpose(linear, transpose, x, out_shape):
         u, y = vector
         return u + transpose(y), y
 
-    # Zero, but as a function of `x`: all of the right-hand side has to be linear in it.
-    zero = jnp.broadcast_to(jnp.sum(x[:0]), out_shape)
-    return lax.custom_linear_solve(matvec, (x, zero), solve, transpose_solve)[1]
+    def zero(x):
+        return jnp.broadcast_to(jnp.sum(x[:0]), out_shape)
+
+    # Zeros, but as functions of `x` and `u`: all of the right-hand side has to be a
+    # linear function, of the transposed system too.
+    vector = x, zero(x)
+    u, y = lax.custom_linear_solve(matvec, vector, solve, transpose_solve)
+    return y + zero(u)

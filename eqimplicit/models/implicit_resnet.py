@@ -65,7 +65,7 @@ class ImplicitResNet(eqx.Module):
     Takes one image, as all of Equinox does: every image has solves of its own.
 
     Its defaults, with 8 initial channels and eight blocks as in a ResNet-18, have
-    199,248 parameters; those of the paper 175 thousand.
+    199,250 parameters; those of the paper 175 thousand.
 
     ??? cite "References"
 
