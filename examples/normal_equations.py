@@ -71,7 +71,7 @@ class NormalEquationsCG(lx.AbstractLinearSolver):
             lx.RESULTS.successful,
             lx.RESULTS.max_steps_reached,
         )
-        stats = {"num_steps": steps, "max_steps": self.max_steps}
+        stats = {"num_steps": steps, "num_products": 2 * steps + 3}
         return treedef.unflatten([x]), result, stats
 
     def transpose(self, state: Any, options: dict[str, Any]):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
+import eqimplicit as eqi
 from eqimplicit.models import Conv2d
 
 from .helpers import compiled_text, directional_difference, random_like, tree_dot
@@ -194,10 +195,39 @@ def test_parameters_are_uniform_in_the_fan_in(getkey):
     assert Conv2d(3, 5, 5, use_bias=False, key=getkey()).bias is None
 
 
-def test_is_transposed_twice(getkey):
-    # As by conjugate gradients on the normal equations of a backward solve.
+def test_is_transposed_in_any_way(getkey):
+    # Twice as by conjugate gradients on the normal equations of a backward solve.
     conv = Conv2d(16, 16, 3, padding=1, use_bias=False, key=getkey())
     x = jr.normal(getkey(), (2, 5, 5, 16))
     _, pull_back = jax.vjp(conv, x)
     push_forward = jax.linear_transpose(lambda y: pull_back(y)[0], x)
     assert jnp.allclose(jax.jit(push_forward)(x)[0], conv(x), rtol=1e-12)
+
+    of_weight = lambda w: eqx.tree_at(lambda c: c.weight, conv, w)(x)
+    (gradient,) = jax.jit(jax.linear_transpose(of_weight, conv.weight))(x)
+    assert jnp.allclose(tree_dot(gradient, conv.weight), tree_dot(x, conv(x)))
+
+
+@pytest.mark.parametrize("channels", (4, 16))
+def test_its_products_are_differentiated(channels, getkey):
+    # Of the kernel through its norm, and of both through a product with the transpose.
+    conv = Conv2d(channels, channels, 3, padding=1, key=getkey())
+    shape = 5, 4, channels
+    # To the end, since the gradient takes the singular vector for a constant.
+    conv = eqi.with_spectral_norm(
+        conv, 0.5, input_shape=shape, num_steps=100, key=getkey()
+    )
+    x = jr.normal(getkey(), shape)
+    key = getkey()
+
+    def loss(weight, x):
+        normed = eqx.tree_at(lambda c: c.weight.weight, conv, weight)
+        layer = eqx.tree_at(lambda c: c.weight, normed, normed.weight.resolve())
+        return eqi.jacobian_frobenius(lambda x: jnp.sin(layer(x)), x, key=key)
+
+    point = conv.weight.weight, x
+    direction = random_like(getkey(), point)
+    compiled = jax.jit(lambda point: loss(*point))
+    expected = directional_difference(compiled, point, direction, step=1e-4)
+    gradient = jax.jit(jax.grad(lambda point: loss(*point)))(point)
+    assert jnp.allclose(tree_dot(gradient, direction), expected, rtol=1e-6)

@@ -2,11 +2,12 @@ import functools as ft
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
-import jax.custom_derivatives as jcd
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.interpreters import ad
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -71,7 +72,8 @@ class Conv2d(eqx.Module):
         """
         del key
         images = x.reshape(-1, *x.shape[-3:])
-        out = _convolve(_fast, self.stride, self.padding, images, self.weight)
+        pads = ((self.padding, self.padding),) * 2
+        out = _convolve(images, self.weight, pads, self.stride)
         if self.bias is not None:
             out = out + jnp.expand_dims(self.bias, (0, 1, 2))
         return out.reshape(*x.shape[:-3], *out.shape[-3:])
@@ -108,21 +110,6 @@ def _window(x, axis, offset, size, pad):
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _transpose(stride, padding, shape, y, weight):
-    """The transpose of a convolution with respect to images of the given shape."""
-    weight = jnp.swapaxes(jnp.flip(weight, (0, 1)), 2, 3)
-    size = weight.shape[0]
-    before = size - 1 - padding
-    pads = [
-        (before, n_in + size - 1 - before - (1 + (n_out - 1) * stride))
-        for n_in, n_out in zip(shape[1:3], y.shape[1:3])
-    ]
-    return _fast(y, weight, pads, dilation=stride)
-
-
-# In a loop on the CPU, XLA's convolution takes twice as long as the product of
-# matrices, and JAX's transpose of it 20 to 50 times as long: outside loops XLA brings
-# it into the form that it is fast on. So the value and its transpose are written out.
 def _fast(x, weight, pads, stride=1, dilation=1):
     library = ft.partial(_library, pads=pads, stride=stride, dilation=dilation)
     if stride > 1 or dilation > 1 or weight.shape[2] < 16:
@@ -131,60 +118,62 @@ def _fast(x, weight, pads, stride=1, dilation=1):
     return lax.platform_dependent(x, weight, cpu=matmul, default=library)
 
 
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _convolve(apply, stride, padding, x, weight):
-    return apply(x, weight, [(padding, padding)] * 2, stride)
+# In a loop on the CPU, XLA's convolution takes twice as long as the product of
+# matrices, and JAX's transpose of it 20 to 50 times as long: outside loops XLA brings
+# it into the form that it is fast on. So this is a primitive, with the value and its
+# transpose written out.
+def _convolve(x, weight, pads, stride=1, dilation=1, is_fast=True):
+    params = {"pads": pads, "stride": stride, "dilation": dilation, "is_fast": is_fast}
+    return _convolution_p.bind(x, weight, **params)[0]
 
 
-@ft.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(apply, stride, padding, primals, tangents):
-    del apply
-    x, weight = primals
-    t_x, t_weight = tangents
+def _impl(x, weight, *, pads, stride, dilation, is_fast):
+    apply = _fast if is_fast else _library
+    return [apply(x, weight, pads, stride, dilation)]
+
+
+def _abstract_eval(x, weight, **params):
+    (out,) = jax.eval_shape(ft.partial(_impl, **params), x, weight)
+    return [jax.core.ShapedArray(out.shape, out.dtype)]
+
+
+def _jvp(primals, tangents, *, pads, stride, dilation, is_fast):
+    del is_fast
+    (x, weight), (t_x, t_weight) = primals, tangents
     # What is to be differentiated is not in a loop, and XLA would keep the products of
     # matrices for the gradient, of three times the size.
-    out = _convolve(_library, stride, padding, x, weight)
+    out = _convolve(x, weight, pads, stride, dilation, is_fast=False)
     t_out = []
-    if not isinstance(t_x, jcd.SymbolicZero):
-        t_out.append(
-            _with_transpose(
-                lambda x: _convolve(_fast, stride, padding, x, weight),
-                lambda y: _transpose(stride, padding, x.shape, y, weight),
-                t_x,
-                out.shape,
-            )
-        )
-    if not isinstance(t_weight, jcd.SymbolicZero):
-        t_out.append(_library(x, t_weight, [(padding, padding)] * 2, stride))
-    return out, sum(t_out[1:], start=t_out[0])
+    if not isinstance(t_x, ad.Zero):
+        t_out.append(_convolve(t_x, weight, pads, stride, dilation))
+    if not isinstance(t_weight, ad.Zero):
+        t_out.append(_library(x, t_weight, pads, stride, dilation))
+    return [out], [sum(t_out[1:], start=t_out[0])]
 
 
-def _with_transpose(linear, transpose, x, out_shape):
-    """Applies the linear function $A$, with the given function as its transpose.
+def _transpose(cotangents, x, weight, *, pads, stride, dilation, is_fast):
+    """With respect to the images: a convolution with the flipped kernel, in which
+    stride and dilation have changed places."""
+    del is_fast
+    (y,) = cotangents
+    if isinstance(y, ad.Zero):
+        return [None, None]
+    if ad.is_undefined_primal(weight):
+        of_weight = lambda w: _library(x, w, pads, stride, dilation)
+        return [None, *jax.linear_transpose(of_weight, weight.aval)(y)]
+    flipped = jnp.swapaxes(jnp.flip(weight, (0, 1)), 2, 3)
+    size = weight.shape[0]
 
-    Such functions have no primitive of their own in JAX that can be mapped, but linear
-    solves have. This is one with a triangular system,
+    def pad(before, n_in, n_out):
+        new = size - 1 - before
+        dilated_in, dilated_out = (n_in - 1) * dilation + 1, (n_out - 1) * stride + 1
+        return new, dilated_in - dilated_out + size - 1 - new
 
-    $$u = x, \\quad y - A u = 0.$$
-    """
+    sizes = zip(pads, x.aval.shape[1:3], y.shape[1:3])
+    new_pads = tuple(pad(before, n_in, n_out) for (before, _), n_in, n_out in sizes)
+    return [_convolve(y, flipped, new_pads, dilation, stride), None]
 
-    def matvec(solution):
-        u, y = solution
-        return u, y - linear(u)
 
-    def solve(_, vector):
-        u, y = vector
-        return u, y + linear(u)
-
-    def transpose_solve(_, vector):
-        u, y = vector
-        return u + transpose(y), y
-
-    def zero(x):
-        return jnp.broadcast_to(jnp.sum(x[:0]), out_shape)
-
-    # Zeros, but as functions of `x` and `u`: all of the right-hand side has to be a
-    # linear function, of the transposed system too.
-    vector = x, zero(x)
-    u, y = lax.custom_linear_solve(matvec, vector, solve, transpose_solve)
-    return y + zero(u)
+_convolution_p = eqxi.create_vprim(
+    "convolution", _impl, _abstract_eval, _jvp, _transpose
+)
