@@ -1,0 +1,347 @@
+"""Robustness of implicit residual networks to noise (Example 4 of their paper): theta
+layers trained on 1000 images of MNIST, and tested on noisy ones.
+
+    python examples/robust_resnet.py --data-dir data
+    python examples/robust_resnet.py --data-dir data --small
+
+The paper tests on the images that it trains on; this on unseen ones as well. Each
+network and seed has a run folder of its own, so that the same command resumes.
+"""
+
+import dataclasses
+import functools as ft
+import pathlib
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import optimistix as optx
+import tyro
+from training import (
+    classifiers,
+    command_line,
+    figures,
+    image_data,
+    loop,
+    options,
+    results as results_file,
+)
+from training.command_line import UserError
+
+import eqimplicit as eqi
+
+
+SKIP = "skip"
+NOISES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+# Of the paper's Table 3, in percent: top-1, and top-2, at each level of noise.
+PAPER = {
+    "0": ((100, 98.2, 89.2, 74.7, 59.3, 47.2), (100, 99.7, 96.7, 89.0, 75.5, 65.7)),
+    "0.25": ((100, 99.6, 95.7, 86.0, 74.1, 60.4), (100, 100, 99.3, 95.2, 89.1, 79.6)),
+    "0.5": ((100, 99.9, 96.3, 89.3, 77.2, 64.7), (100, 100, 99.8, 97.8, 91.1, 83.4)),
+    "0.75": ((100, 99.9, 98.3, 93.2, 81.8, 69.8), (100, 100, 100, 99.0, 94.4, 87.1)),
+    "1": ((100, 99.9, 98.4, 93.6, 84.7, 73.0), (100, 100, 100, 98.8, 95.0, 87.9)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(options.Options):
+    """Robustness of implicit residual networks to noise."""
+
+    dataset: image_data.Name = "mnist"
+    """The digits are embedded, the others are in --data-dir."""
+
+    networks: tuple[str, ...] = ("0", "0.25", "0.5", "0.75", "1", SKIP)
+    """Thetas; and skip, theta 1 with five steps of gradient
+    descent on the residual in place of a solve."""
+
+    epochs: int | None = None
+    """Passes over the training images."""
+
+    batch_size: int = 125
+    """Images per training step."""
+
+    learning_rate: float = 1e-2
+    """Of Adam, at first. It falls to zero along a cosine."""
+
+    train_size: int | None = 1000
+    """Train on the first so many images only."""
+
+    alpha: float = -3.0
+    """The least of the spectrum of the fields."""
+
+    beta: float = 1.0
+    """The largest of the spectrum of the fields."""
+
+    divergence_weight: float = 0.01
+    """Of the penalty on the divergence of the fields."""
+
+    seeds: int = 1
+    """Runs of each network, from --seed on."""
+
+    small: bool = False
+    """A setting for two cores: a smaller network, fewer
+    epochs, and 1000 test images."""
+
+    out: pathlib.Path | None = None
+    """The folder, by default runs/robust-DATASET."""
+
+
+def make_layer(network: str, field: eqi.BoundedSpectrum) -> eqi.ThetaLayer:
+    if network == SKIP:
+        solver = eqi.MinimiserAsFixedPoint(optx.GradientDescent(0.1, 0.0, 0.0))
+        with warnings.catch_warnings():
+            # These steps are the layer, so it is they that are to be differentiated.
+            warnings.simplefilter("ignore")
+            return eqi.ThetaLayer(
+                field,
+                theta=1.0,
+                solver=solver,
+                adjoint=optx.RecursiveCheckpointAdjoint(),
+                max_steps=5,
+            )
+    theta = float(network)
+    solver = eqi.Anderson(1e-3, 1e-4, damping=field.damping(theta))
+    return eqi.ThetaLayer(field, theta=theta, solver=solver, max_steps=100)
+
+
+def make_model(network: str, config: Config, shape, seed: int):
+    sizes: dict[str, Any] = {}
+    if config.small:
+        sizes = {"channels": (4, 8, 16), "stem_stride": 2 if shape[0] > 20 else 1}
+    return eqi.models.ImplicitResNet(
+        shape,
+        alpha=config.alpha,
+        beta=config.beta,
+        layer=ft.partial(make_layer, network),
+        **sizes,
+        key=jr.key(seed),
+    )
+
+
+def forward(divergence_weight, model, state, images, key=None) -> classifiers.Output:
+    """With the penalty of each stage, if there is a key for it."""
+
+    def one(image, key):
+        logits, solutions = model.solve(image)
+        solves = {
+            f"stage {i}": classifiers.Solve(
+                jnp.sum(jnp.asarray(solution.stats.get("num_evaluations", 0))),
+                jnp.any(solution.result != optx.RESULTS.successful),
+                jnp.any(solution.result == optx.RESULTS.nonfinite),
+            )
+            for i, solution in enumerate(solutions)
+        }
+        penalty = jnp.zeros(())
+        if key is not None and divergence_weight > 0:
+            for i, (stage, solution) in enumerate(zip(model.stages, solutions)):
+                penalty += eqi.trajectory_penalty(
+                    stage,
+                    solution.value,
+                    key=jr.fold_in(key, i),
+                    divergence_weight=divergence_weight,
+                    power=1,
+                    detach=True,
+                )
+        return logits, solves, penalty
+
+    keys = None if key is None else jr.split(key, len(images))
+    logits, solves, penalty = jax.vmap(one, (0, None if key is None else 0))(
+        images, keys
+    )
+    return classifiers.Output(logits, state, solves, penalty)
+
+
+def advance(model: eqi.models.ImplicitResNet) -> eqi.models.ImplicitResNet:
+    """Keeps the spectral norms up with the kernels."""
+    layers = lambda model: [stage.layer for stage in model.stages]
+    new = [eqx.filter_vmap(eqi.advance_spectral_norms)(one) for one in layers(model)]
+    return eqx.tree_at(layers, model, new)
+
+
+@ft.cache
+def make_optimiser(learning_rate, num_steps):
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+
+
+@ft.cache  # One object for equal weights, for which a step is compiled once.
+def make_forward(divergence_weight):
+    return ft.partial(forward, divergence_weight)
+
+
+def add_noise(part: image_data.Images, size: float, most: int) -> image_data.Images:
+    """Gaussian noise on the grey values from 0 to 1, and what then lies outside is cut
+    off."""
+    noise = np.random.default_rng(0).normal(0, size, part.images.shape)
+    images = np.clip(part.images / most + noise, 0, 1) * most
+    return image_data.Images(images.astype(np.float32), part.labels)
+
+
+def run(config: Config) -> dict[str, Any]:
+    config = dataclasses.replace(
+        config, epochs=config.epochs or (30 if config.small else 100)
+    )
+    options.start(config)
+    if config.seeds < 1:
+        options.refuse("seeds", config.seeds, "at least 1")
+    for network in config.networks:
+        try:
+            is_theta = 0 <= float(network) <= 1
+        except ValueError:
+            is_theta = False
+        if not is_theta and network != SKIP:
+            raise UserError(f"--networks: {network} is no theta from 0 to 1, nor skip")
+    data = image_data.load(
+        config.dataset, options.data_folder(config), config.train_size
+    )
+    test_size = 1000 if config.small else None
+    test = image_data.Images(*(x[:test_size] for x in data.test))
+    data = data._replace(test=test)
+    most = int(data.train.images.max())
+    steps = config.epochs * (len(data.train.labels) // config.batch_size)
+    folder = out_folder(config)
+    results = {}
+    for network in config.networks:
+        scores = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            task = loop.Task(
+                make_model(network, config, data.train.images.shape[1:], seed),
+                None,
+                make_forward(config.divergence_weight),
+                make_optimiser(config.learning_rate, steps),
+                after=advance,
+            )
+            metrics, model, _ = loop.train(
+                task,
+                data,
+                # So that more networks and seeds can join the same experiment.
+                dataclasses.replace(config, networks=(network,), seed=seed, seeds=1),
+                folder / f"{network}-{seed}",
+                f"{config.dataset}: theta {network}",
+                "robust-resnet",
+            )
+            scores.append(score(task, model, data, config.batch_size, most))
+            scores[-1]["evaluations"] = metrics[-1]["evaluations"]
+            scores[-1]["unconverged"] = metrics[-1]["unconverged"]
+        results[network] = {
+            key: np.array([one[key] for one in scores]) for key in scores[0]
+        }
+    return {
+        "experiment": f"noise, {config.dataset}{', small' if config.small else ''}",
+        "config": dataclasses.asdict(config),
+        "test_size": len(data.test.labels),
+        "rows": rows(results, config),
+        "results": results,
+    }
+
+
+def out_folder(config):
+    return config.out or pathlib.Path("runs", f"robust-{config.dataset}")
+
+
+def score(task, model, data, batch_size, most):
+    """Top-1 and top-2 accuracies at each level of noise, in percent."""
+    return {
+        f"{name} top-{top}": [
+            100
+            * loop.accuracy(
+                task,
+                model,
+                None,
+                data,
+                add_noise(part, noise, most),
+                batch_size,
+                top=top,
+            )
+            for noise in NOISES
+        ]
+        for name, part in (("train", data.train), ("test", data.test))
+        for top in (1, 2)
+    }
+
+
+def rows(results: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    lines = []
+    for network, one in results.items():
+        name = network if network == SKIP else f"theta {network}"
+        is_papers = config.dataset == "mnist" and network in PAPER
+        for part in ("train", "test"):
+            for k in (3, 4, 5):
+                known = part == "train" and is_papers
+                lines.append(
+                    results_file.row(
+                        f"{name}: top-1 at noise {NOISES[k]:g}, {part}ing images, %",
+                        one[f"{part} top-1"][:, k],
+                        str(PAPER[network][0][k]) if known else "not stated",
+                    )
+                )
+    if {"0", "1"} <= results.keys():
+        for part in ("train", "test"):
+            gain = np.array(results["1"][f"{part} top-1"]) - np.array(
+                results["0"][f"{part} top-1"]
+            )
+            lines.append(
+                results_file.row(
+                    f"theta 1 over theta 0 at noise .3 to .5, {part}ing images, points",
+                    np.mean(gain[:, 3:], axis=1),
+                    "19 to 26" if part == "train" else "not stated",
+                )
+            )
+    return lines
+
+
+def report(content: dict[str, Any]) -> None:
+    for key in ("train top-1", "test top-1", "train top-2", "test top-2"):
+        table = [
+            [
+                network,
+                *(
+                    results_file.spread(np.array(one[key])[:, k])
+                    for k in range(len(NOISES))
+                ),
+                results_file.spread(one["evaluations"]),
+            ]
+            for network, one in content["results"].items()
+        ]
+        print(f"\n{key}, %")
+        header = ["theta", *(f"noise {noise:g}" for noise in NOISES), "evaluations"]
+        results_file.print_table(header, table)
+
+
+def draw(config: Config, content: dict[str, Any]) -> None:
+    figure, axes = figures.grid(1, 2, width=4, height=3.3)
+    for (network, one), colour in zip(content["results"].items(), figures.COLOURS):
+        name = network if network == SKIP else f"theta = {network}"
+        for axis, part in zip(axes[0], ("train", "test")):
+            values = np.array(one[f"{part} top-1"])
+            style = "s--" if network == SKIP else "o-"
+            axis.plot(
+                NOISES, values.mean(0), style, color=colour, markersize=3, label=name
+            )
+            axis.fill_between(
+                NOISES, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0
+            )
+    for axis, part in zip(axes[0], ("training images", "unseen images")):
+        figures.name(axis, f"accuracy on {part}, %")
+        axis.set_xlabel("standard deviation of the noise")
+    figures.legend(axes[0, 0])
+    title = f"{config.dataset}: robustness to noise"
+    figures.save(figure, out_folder(config), "noise.png", title)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    config = tyro.cli(Config, args=args)
+    content = run(config)
+    report(content)
+    results_file.save(out_folder(config), content)
+    draw(config, content)
+    print(f"The figure and results.json are in {out_folder(config)}.")
+    return content
+
+
+if __name__ == "__main__":
+    command_line.run(main)
