@@ -140,7 +140,8 @@ def at_step(config: Config, model: Any, step: int) -> Any:
 
 
 def diagnose(model, state, images, labels):
-    cosine = classifiers.gradient_cosine(model, state, images, labels)
+    cosines = eqx.filter_jit(classifiers.gradient_cosines)
+    (cosine,) = cosines(model, state, images, labels, [model.layer.adjoint])
     return {"gradient_cosine": float(cosine)}
 
 

@@ -1,6 +1,6 @@
 """Image classifiers, as the training loop wants them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -70,23 +70,21 @@ def cross_entropy(
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
-@eqx.filter_jit
-def gradient_cosine(
-    model: eqi.models.ImageClassifier, state, images, labels, adjoints: Any = None
-) -> Float[Array, "..."]:
-    """The cosine between the gradient of the cell's parameters and the exact one, by
-    default that of the model's own adjoint."""
+def gradient_cosines(
+    model: eqi.models.ImageClassifier, state, images, labels, adjoints: Sequence[Any]
+) -> Float[Array, " adjoints"]:
+    """The cosines between the gradient of the cell's parameters that each adjoint gives
+    and the exact one."""
     if state is None and images.ndim == 4:
-        cosines = jax.vmap(gradient_cosine, (None, None, 0, 0, None))
-        values = cosines(model, None, images, labels, adjoints)
-        return jnp.mean(values, axis=0)
+        one = lambda image, label: gradient_cosines(model, None, image, label, adjoints)
+        return jnp.mean(jax.vmap(one)(images, labels), axis=0)
     features, state = model.encoder(images, state)
     head: Callable = eqx.nn.inference_mode(model.head)
-    _, report = eqi.gradient_report(
+    _, *reports = eqi.gradient_report(
         model.layer,
         lambda z: cross_entropy(head(z), labels),
         features,
-        adjoints=[model.layer.adjoint] if adjoints is None else adjoints,
+        adjoints=adjoints,
         state=state,
     )
-    return report.cosine
+    return jnp.stack([report.cosine for report in reports])
