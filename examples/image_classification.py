@@ -15,6 +15,7 @@ import dataclasses
 import functools as ft
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -126,17 +127,11 @@ def make_optimiser(learning_rate, num_steps):
     return optax.adamw(schedule, weight_decay=1e-2)
 
 
-def at_step(config: Config, model: Any, step: int) -> Any:
-    """The model as it is trained at a step: for a start, unrolled."""
-    if step >= config.pretrain_steps:
-        return model
-    layer = eqi.DEQ(
-        model.layer.cell,
-        eqi.Picard(rtol=0.0, atol=0.0),
-        optx.RecursiveCheckpointAdjoint(),
-        config.pretrain_depth,
-    )
-    return eqx.tree_at(lambda m: m.layer, model, layer)
+def at_step(config: Config, step: int) -> Callable[[Any], Any]:
+    """How the model is trained at a step: for a start, unrolled."""
+    if step < config.pretrain_steps:
+        return classifiers.unroll(config.pretrain_depth)
+    return loop.as_it_is
 
 
 def diagnose(model, state, images, labels):

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import optimistix as optx
 import phantom_synthetic
 import tyro
 from training import (
@@ -148,9 +147,9 @@ def forward(jacobian_weight, model, state, images, key=None) -> classifiers.Outp
         solution = model.layer.solve(features, key=key)
         penalty = jnp.zeros(())
         if jacobian_weight > 0 and key is not None:
-            z = solution.value
+            z, cell = solution.value, eqi.resolve(model.layer.cell)
             square = eqi.jacobian_frobenius(
-                lambda z: model.layer.cell(z, features, key=key), z, key=key
+                lambda z: cell(z, features, key=key), z, key=key
             )
             penalty = jacobian_weight * square / sum(x.size for x in z)
         logits = model.head(solution.value)
@@ -177,14 +176,8 @@ def make_optimiser(kind, learning_rate, num_steps):
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
 
 
-def at_step(pretrain_steps: int, model: Any, step: int) -> Any:
-    if step >= pretrain_steps:
-        return model
-    return eqx.tree_at(
-        lambda m: (m.layer.solver, m.layer.adjoint, m.layer.max_steps),
-        model,
-        (eqi.Picard(0.0, 0.0), optx.RecursiveCheckpointAdjoint(), 10),
-    )
+def at_step(pretrain_steps: int, step: int) -> Any:
+    return classifiers.unroll(10) if step < pretrain_steps else loop.as_it_is
 
 
 PHANTOMS = (eqi.PhantomAdjoint(5, 0.5), eqi.NeumannAdjoint(5, 0.5), eqi.JFBAdjoint())
@@ -197,8 +190,9 @@ def _diagnose(model, images, labels):
     def radius(image):
         features, _ = model.encoder(image)
         z = model.layer(features)
-        cell = lambda z: model.layer.cell(z, features)
-        return eqi.spectral_radius(cell, z, key=jr.key(0), num_steps=50)
+        cell = eqi.resolve(model.layer.cell)
+        map_of_z = lambda z: cell(z, features)
+        return eqi.spectral_radius(map_of_z, z, key=jr.key(0), num_steps=50)
 
     cosines = classifiers.gradient_cosines(model, None, images, labels, PHANTOMS)
     return cosines, jnp.mean(jax.vmap(radius)(images))

@@ -271,9 +271,15 @@ def test_statistics_of_the_batch_norm_are_trained_and_saved(mnist, tmp_path):
     old = jax.tree.leaves(state)
     optimiser = image_classification.make_optimiser(1e-3, 1)
     opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
-    task = loop.Task(None, None, classifiers.forward, optimiser, at_step=None)
+    task = loop.Task(None, None, classifiers.forward, optimiser)
     (_, state, _), _, _ = loop.train_step(
-        (model, state, opt_state), images, labels, jax.random.key(0), task, "bfloat16"
+        (model, state, opt_state),
+        images,
+        labels,
+        jax.random.key(0),
+        task,
+        loop.as_it_is,
+        "bfloat16",
     )
     new = jax.tree.leaves(state)
     assert all(a.dtype == b.dtype == np.float32 for a, b in zip(old, new))

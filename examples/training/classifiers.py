@@ -1,5 +1,6 @@
 """Image classifiers, as the training loop wants them."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,23 @@ def forward(model: eqi.models.ImageClassifier, state, images, key=None) -> Outpu
     solution = model.layer.solve(features, state=state)
     logits = model.head(solution.value, key=key)
     return Output(logits, solution.aux, {"layer": Solve.of(solution)})
+
+
+@ft.cache  # One object for equal depths, for which a step is compiled once.
+def unroll(depth: int) -> Callable[[Any], Any]:
+    """Puts so many applications of the cell, differentiated as such, in place of the
+    solve of a network: for the start of training."""
+
+    def unrolled(model: eqi.models.ImageClassifier) -> eqi.models.ImageClassifier:
+        old = model.layer
+        assert isinstance(old, eqi.DEQ)
+        # The tolerance is never met.
+        solver = eqi.Picard(rtol=0.0, atol=1e-30)
+        adjoint = optx.RecursiveCheckpointAdjoint()
+        layer = eqi.DEQ(old.cell, solver, adjoint, depth, init=old.init)
+        return eqx.tree_at(lambda m: m.layer, model, layer)
+
+    return unrolled
 
 
 def cross_entropy(

@@ -18,6 +18,10 @@ from .classifiers import cross_entropy, Output
 from .command_line import UserError
 
 
+def as_it_is(model: Any) -> Any:
+    return model
+
+
 class Task(NamedTuple):
     """What is trained, and how.
 
@@ -25,8 +29,9 @@ class Task(NamedTuple):
     - `forward`: `forward(model, state, images, key) -> Output`.
     - `optimiser`: an Optax optimiser, the same object for equal runs, so that a step is
         compiled once.
-    - `at_step`: `at_step(model, step) -> model` puts in the solvers and adjoints of a
-        training step, counted from 0: a schedule. The parameters must stay.
+    - `at_step`: a schedule: `at_step(step)`, counted from 0, returns a function that
+        puts the solvers and adjoints of this step into the model, and leaves its
+        parameters. A step is compiled for each such function.
     - `after`: `after(model) -> model`, called after every step of the optimiser.
     - `augment`: `augment(key, images) -> images`, if images are altered in training.
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
@@ -38,8 +43,8 @@ class Task(NamedTuple):
     state: Any
     forward: Callable[..., Output]
     optimiser: optax.GradientTransformation
-    at_step: Callable[[Any, int], Any] = lambda model, step: model
-    after: Callable[[Any], Any] = lambda model: model
+    at_step: Callable[[int], Callable[[Any], Any]] = lambda step: as_it_is
+    after: Callable[[Any], Any] = as_it_is
     augment: Callable[[Any, Any], Any] | None = None
     diagnose: Callable[..., dict[str, Any]] | None = None
     smoothing: float = 0.0
@@ -51,7 +56,8 @@ def cast(tree: Any, dtype: str) -> Any:
     )
 
 
-def _loss(model, state, images, labels, key, task, precision):
+def _loss(model, state, images, labels, key, task, adapt, precision):
+    model = adapt(model)
     if task.augment is not None:
         images = task.augment(jr.fold_in(key, 1), images)
     # The arrays that are optimised keep their dtype, and so do batch statistics.
@@ -73,17 +79,17 @@ def _loss(model, state, images, labels, key, task, precision):
 
 
 @eqx.filter_jit
-def train_step(arrays, images, labels, key, task, precision):
+def train_step(arrays, images, labels, key, task, adapt, precision):
     """Returns the new model, state and optimiser state, and the metrics."""
     model, state, opt_state = arrays
     grad_fn = eqx.filter_grad(_loss, has_aux=True)
     grads, (state, metrics, nonfinite) = grad_fn(
-        model, state, images, labels, key, task, precision
+        model, state, images, labels, key, task, adapt, precision
     )
     params = eqx.filter(model, eqx.is_inexact_array)
     updates, opt_state = task.optimiser.update(grads, opt_state, params)
     model = task.after(eqx.apply_updates(model, updates))
-    metrics["gradient_norm"] = optax.global_norm(grads)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
     return devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
 
 
@@ -187,13 +193,13 @@ def _epoch(task, data, options, folder, epoch, arrays):
         indices = order[i * options.batch_size : (i + 1) * options.batch_size]
         images, labels = devices.divide(data.normalise(data.train, indices))
         step = (epoch - 1) * num_steps + i
-        model, *rest = arrays
         arrays, line, bad = train_step(
-            (task.at_step(model, step), *rest),
+            arrays,
             images,
             labels,
             jr.fold_in(key, i),
             task._replace(model=None, state=None, at_step=None, diagnose=None),
+            task.at_step(step),
             options.precision,
         )
         lines.append(line)
