@@ -94,10 +94,10 @@ def draw(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> None:
     condition number."""
     figure, axes = figures.grid(2, len(results), height=2.9)
     for column, (name, one) in enumerate(results.items()):
+        above, below = axes[:, column]
         for i, damping in enumerate(DAMPINGS):
             cosine = one["unrolled"][:, i]
             style = {"color": figures.COLOURS[i], "label": f"damping {damping:g}"}
-            above, below = axes[:, column]
             above.plot(STEPS, cosine.mean(0), "o-", markersize=3, **style)
             above.fill_between(
                 STEPS,

@@ -91,7 +91,7 @@ class Config(options.Options):
     """The folder, by default runs/robust-DATASET."""
 
 
-def make_layer(network: str, field: eqi.BoundedSpectrum) -> eqi.ThetaLayer:
+def make_layer(network: str, field: Any) -> eqi.ThetaLayer:
     if network == SKIP:
         solver = eqi.MinimiserAsFixedPoint(optx.GradientDescent(0.1, 0.0, 0.0))
         with warnings.catch_warnings():
@@ -201,6 +201,7 @@ def run(config: Config) -> dict[str, Any]:
     test_size = 1000 if config.small else None
     test = image_data.Images(*(x[:test_size] for x in data.test))
     data = data._replace(test=test)
+    assert config.epochs is not None
     most = int(data.train.images.max())
     steps = config.epochs * (len(data.train.labels) // config.batch_size)
     folder = out_folder(config)

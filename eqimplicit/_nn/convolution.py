@@ -7,6 +7,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.core import ShapedArray
 from jax.interpreters import ad
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -134,7 +135,7 @@ def _impl(x, weight, *, pads, stride, dilation, is_fast):
 
 def _abstract_eval(x, weight, **params):
     (out,) = jax.eval_shape(ft.partial(_impl, **params), x, weight)
-    return [jax.core.ShapedArray(out.shape, out.dtype)]
+    return [ShapedArray(out.shape, out.dtype)]
 
 
 def _jvp(primals, tangents, *, pads, stride, dilation, is_fast):

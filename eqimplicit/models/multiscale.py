@@ -14,7 +14,8 @@ from .._parametrisation.norm import WeightNorm
 from .base import ConvEncoder, drop_channels, ImageClassifier
 
 
-Branches = tuple[Float[Array, "*batch height width channels"], ...]
+# Images of different sizes.
+Branches = tuple[Float[Array, "*batch _ _ channels"], ...]
 
 
 class MDEQCell(eqx.Module):
@@ -254,8 +255,8 @@ class MDEQHead(eqx.Module):
         for other, down, norm in zip(others, self.downs, self.down_norms):
             w = other + jax.nn.relu(norm(down(w))[0])
         features = jnp.mean(jax.nn.relu(self.norm(self.conv(w))[0]), axis=(-3, -2))
-        weight, bias = self.linear.weight, self.linear.bias
-        return features @ weight.T + jnp.expand_dims(bias, range(features.ndim - 1))
+        linear = jnp.vectorize(self.linear, signature="(n)->(m)")
+        return linear(features)
 
 
 class _Bottleneck(eqx.Module):

@@ -97,6 +97,7 @@ def gradient_cosines(
         one = lambda image, label: gradient_cosines(model, None, image, label, adjoints)
         return jnp.mean(jax.vmap(one)(images, labels), axis=0)
     features, state = model.encoder(images, state)
+    assert isinstance(model.layer, eqi.DEQ)
     head: Callable = eqx.nn.inference_mode(model.head)
     _, *reports = eqi.gradient_report(
         model.layer,

@@ -71,9 +71,10 @@ def _loss(model, state, images, labels, key, task, adapt, precision):
     }
     solves = output.solves.values()
     if solves:
-        metrics["evaluations"] = sum(jnp.mean(solve.evaluations) for solve in solves)
+        evaluations = [jnp.mean(solve.evaluations) for solve in solves]
+        metrics["evaluations"] = jnp.sum(jnp.stack(evaluations))
         unconverged = [jnp.mean(solve.unconverged) for solve in solves]
-        metrics["unconverged"] = sum(unconverged) / len(unconverged)
+        metrics["unconverged"] = jnp.mean(jnp.stack(unconverged))
     nonfinite = {k: jnp.any(solve.nonfinite) for k, solve in output.solves.items()}
     return loss, (output.state, metrics, nonfinite)
 
