@@ -153,7 +153,8 @@ def train(config: Config) -> list[dict[str, Any]]:
         config.dataset, options.data_folder(config), config.train_size
     )
     model, state = make_model(config, data.train.images.shape[1:])
-    num_steps = config.epochs * (len(data.train.labels) // config.batch_size)
+    num_images = len(data.train.labels)
+    num_steps = config.epochs * options.steps_per_epoch(config, num_images)
     task = loop.Task(
         model,
         state,

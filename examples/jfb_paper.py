@@ -283,7 +283,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     )
     test = image_data.Images(*(x[: small.get("test_size")] for x in data.test))
     data = data._replace(test=test)
-    steps = len(data.train.labels) // config.batch_size
+    steps = options.steps_per_epoch(config, len(data.train.labels))
     folder = config.out or pathlib.Path("runs", f"jfb-{config.dataset}")
     histories = {}
     for method in config.methods:

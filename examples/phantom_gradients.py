@@ -273,7 +273,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 
 
 def train(name, method, config, data, folder, seed):
-    steps = config.epochs * (len(data.train.labels) // config.batch_size)
+    steps = config.epochs * options.steps_per_epoch(config, len(data.train.labels))
     pretrain_steps = min(config.pretrain_steps, steps // 5) if method.pretrained else 0
     task = loop.Task(
         make_model(method, config, data.train.images.shape[1:], seed),

@@ -62,8 +62,8 @@ class Config(options.Options):
     epochs: int | None = None
     """Passes over the training images."""
 
-    batch_size: int = 125
-    """Images per training step."""
+    batch_size: int | None = None
+    """Images per training step: 125, or 25 if small."""
 
     learning_rate: float = 1e-2
     """Of Adam, at first. It falls to zero along a cosine."""
@@ -183,7 +183,9 @@ def add_noise(part: image_data.Images, size: float, most: int) -> image_data.Ima
 
 def run(config: Config) -> dict[str, Any]:
     config = dataclasses.replace(
-        config, epochs=config.epochs or (30 if config.small else 100)
+        config,
+        epochs=config.epochs or (20 if config.small else 100),
+        batch_size=config.batch_size or (25 if config.small else 125),
     )
     options.start(config)
     if config.seeds < 1:
@@ -203,7 +205,7 @@ def run(config: Config) -> dict[str, Any]:
     data = data._replace(test=test)
     assert config.epochs is not None
     most = int(data.train.images.max())
-    steps = config.epochs * (len(data.train.labels) // config.batch_size)
+    steps = config.epochs * options.steps_per_epoch(config, len(data.train.labels))
     folder = out_folder(config)
     results = {}
     for network in config.networks:

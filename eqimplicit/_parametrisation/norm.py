@@ -26,11 +26,11 @@ class WeightNorm(AbstractParametrisation):
         ```
     """
 
-    direction: Float[Array, "..."]
-    length: Float[Array, "..."]
+    direction: Float[Array, "_ ..."]
+    length: Float[Array, " units"]
     axis: int = eqx.field(static=True)
 
-    def __init__(self, weight: Float[Array, "..."], axis: int = 0):
+    def __init__(self, weight: Float[Array, "_ ..."], axis: int = 0):
         """**Arguments:**
 
         - `weight`: the weight to start from; `resolve` first returns just this weight.
@@ -39,12 +39,13 @@ class WeightNorm(AbstractParametrisation):
         """
         self.direction = weight
         self.axis = axis
-        self.length = self._norms()
+        self.length = jnp.linalg.vector_norm(weight, axis=self._other_axes())
 
-    def resolve(self) -> Float[Array, "..."]:
-        return self.length / self._norms() * self.direction
+    def resolve(self) -> Float[Array, "_ ..."]:
+        others = self._other_axes()
+        factor = self.length / jnp.linalg.vector_norm(self.direction, axis=others)
+        return jnp.expand_dims(factor, others) * self.direction
 
-    def _norms(self):
+    def _other_axes(self):
         ndim = self.direction.ndim
-        others = tuple(i for i in range(ndim) if i != self.axis % ndim)
-        return jnp.sqrt(jnp.sum(jnp.square(self.direction), others, keepdims=True))
+        return tuple(i for i in range(ndim) if i != self.axis % ndim)

@@ -12,19 +12,16 @@ from .base import (
     ResidualCell as ResidualCell,
 )
 from .implicit_resnet import ConvField as ConvField, ImplicitResNet as ImplicitResNet
-from .jfb import (
+from .jfb_cifar10 import (
+    DeepEncoder as DeepEncoder,
     jfb_cifar10 as jfb_cifar10,
-    jfb_mnist as jfb_mnist,
-    jfb_svhn as jfb_svhn,
+    PostNormCell as PostNormCell,
 )
+from .jfb_mnist import jfb_mnist as jfb_mnist
+from .jfb_svhn import jfb_svhn as jfb_svhn, ResNetEncoder as ResNetEncoder
 from .multiscale import (
     mdeq as mdeq,
     MDEQCell as MDEQCell,
     MDEQHead as MDEQHead,
     ZeroBranches as ZeroBranches,
-)
-from .resnet import (
-    DeepEncoder as DeepEncoder,
-    PostNormCell as PostNormCell,
-    ResNetEncoder as ResNetEncoder,
 )

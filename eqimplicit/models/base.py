@@ -1,7 +1,7 @@
 """Modules that take images with their channels last, one or any number at a time."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._adjoint.jfb import JFBAdjoint
+from .._layer.deq import DEQ
 from .._nn.convolution import Conv2d
 from .._nn.normalisation import BatchNorm
+from .._solver.picard import Picard
 
 
 leaky_relu = ft.partial(jax.nn.leaky_relu, negative_slope=0.1)
@@ -21,6 +24,24 @@ def drop_channels(dropout: eqx.nn.Dropout, x: Array, key: PRNGKeyArray | None) -
     """Drop-out of whole channels of images."""
     mask = jnp.ones((*x.shape[:-3], 1, 1, x.shape[-1]), x.dtype)
     return x * dropout(mask, key=key)
+
+
+def chain(
+    blocks: Sequence[Callable], w: Array, state: Any, key: PRNGKeyArray | None
+) -> tuple[Array, Any]:
+    """Applies blocks `block(w, state, key) -> (w, state)` one after the other."""
+    for i, block in enumerate(blocks):
+        w, state = block(w, state, None if key is None else jr.fold_in(key, i))
+    return w, state
+
+
+Norm = Callable[[int, bool], Callable]
+
+
+def paper_layer(atol: float, max_steps: int) -> Callable[[Callable], DEQ]:
+    """How the JFB paper solves and differentiates."""
+    solver = Picard(rtol=0.0, atol=atol)
+    return ft.partial(DEQ, solver=solver, adjoint=JFBAdjoint(), max_steps=max_steps)
 
 
 class ConvEncoder(eqx.Module):

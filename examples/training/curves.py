@@ -33,7 +33,7 @@ def plot_curves(path: pathlib.Path, metrics: list[dict[str, Any]], title: str) -
 
     if "evaluations" in metrics[-1]:
         draw(right, "evaluations", ACCENT)
-        right.set_ylim(0, 1.15 * max(line["evaluations"] for line in metrics))
+        right.set_ylim(0, 1.15 * max(1, *(line["evaluations"] for line in metrics)))
     name(right, "evaluations of the cell, all solves")
 
     for axes in (left, middle, right):

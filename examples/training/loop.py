@@ -139,8 +139,6 @@ def train(
     `more` are settings that are not options, of which the folder is to keep a record.
     """
     num_images = len(data.train.labels)
-    if options.batch_size > num_images:
-        options_module.refuse("batch_size", options.batch_size, f"at most {num_images}")
     devices.check_batch_size(options.batch_size)
     record = options_module.record(options, experiment) | (more or {})
     old_metrics = run_folder.open_run(folder, record)
@@ -186,7 +184,7 @@ def train(
 def _epoch(task, data, options, folder, epoch, arrays):
     key = jr.fold_in(jr.key(options.seed), epoch)
     order = np.asarray(jr.permutation(key, len(data.train.labels)))
-    num_steps = len(order) // options.batch_size
+    num_steps = options_module.steps_per_epoch(options, len(order))
     lines, nonfinite = [], []
     name = f"epoch {epoch}"
     is_quiet = None if devices.is_first() else True

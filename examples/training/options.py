@@ -70,6 +70,13 @@ def start(options: Options) -> None:
     devices.join(options.coordinator, options.num_processes, options.process_id)
 
 
+def steps_per_epoch(options: Options, num_images: int) -> int:
+    """How many whole batches there are."""
+    if options.batch_size > num_images:
+        refuse("batch_size", options.batch_size, f"at most {num_images}")
+    return num_images // options.batch_size
+
+
 def check_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
