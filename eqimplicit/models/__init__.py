@@ -11,17 +11,17 @@ from .base import (
     OneStep as OneStep,
     ResidualCell as ResidualCell,
 )
-from .implicit_resnet import ConvField as ConvField, ImplicitResNet as ImplicitResNet
-from .jfb_cifar10 import (
+from .cifar10 import (
     DeepEncoder as DeepEncoder,
     jfb_cifar10 as jfb_cifar10,
     PostNormCell as PostNormCell,
 )
-from .jfb_mnist import jfb_mnist as jfb_mnist
-from .jfb_svhn import jfb_svhn as jfb_svhn, ResNetEncoder as ResNetEncoder
+from .implicit_resnet import ConvField as ConvField, ImplicitResNet as ImplicitResNet
+from .mnist import jfb_mnist as jfb_mnist
 from .multiscale import (
     mdeq as mdeq,
     MDEQCell as MDEQCell,
     MDEQHead as MDEQHead,
     ZeroBranches as ZeroBranches,
 )
+from .svhn import jfb_svhn as jfb_svhn, ResNetEncoder as ResNetEncoder
