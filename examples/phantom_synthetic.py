@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import matplotlib.ticker
 import numpy as np
 from training import figures
 
@@ -112,6 +113,7 @@ def draw(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> None:
         figures.name(above, name)
         above.set_xlabel("steps k")
         below.set(xscale="log", yscale="log", xlabel="condition number")
+        below.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0, 0].set_ylabel("cosine with the exact gradient")
     axes[1, 0].set_ylabel("1 - cosine")
     figures.legend(axes[0, 0], loc="lower right")
