@@ -56,7 +56,7 @@ def collect(folders: tuple[pathlib.Path, ...]) -> str:
                 results.spread(row["ours"]),
                 str(len(row["ours"])),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
             title = ""
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import equinox as eqx
 import image_models
-import jax
 import jax.random as jr
 import optax
 import optimistix as optx
@@ -117,8 +116,7 @@ def make_model(config: Config, image_shape: tuple[int, int, int]) -> tuple[Any, 
     else:
         make = eqx.nn.make_with_state(eqi.models.jfb_mnist)
         model, state = make(image_shape, layer=layer, key=key)
-    dtype = "float64" if config.precision == "float64" else "float32"
-    return loop.cast((model, state), dtype)
+    return model, state
 
 
 @ft.cache  # Steps are compiled once for each optimiser, and two are never equal.
@@ -145,8 +143,6 @@ def train(config: Config) -> list[dict[str, Any]]:
     check(config)
     if config.smoke:
         config = dataclasses.replace(config, epochs=2, train_size=500)
-    if config.precision == "float64":
-        jax.config.update("jax_enable_x64", True)
     name = f"{config.dataset}-{config.adjoint}-{config.solver}"
     folder = config.out or pathlib.Path("runs", name)
     data = image_data.load(

@@ -60,7 +60,7 @@ def test_parameters_of_the_jfb_networks(make, encoder, cell, head):
 def test_parameters_of_the_other_networks():
     assert count(shapes_of(models.mdeq)) == 159_274
     resnet = models.ImplicitResNet((8, 8, 1), key=jr.key(0))
-    assert count(resnet) == 199_250
+    assert count(resnet) == 220_754
 
 
 def assert_gradient(loss, tree, key):

@@ -221,16 +221,49 @@ def test_accuracy_counts_each_image_once_and_the_best_few(data):
         assert share == pytest.approx(np.mean(np.isin(part.labels, labels)))
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_logits_that_decide_nothing_are_not_right(data, value):
+    task = make_task()
+    forward = lambda model, state, images, key=None: classifiers.Output(
+        jnp.full((len(images), 3), value), state, {}
+    )
+    task = task._replace(forward=forward)
+    assert loop.accuracy(task, task.model, None, data, data.train, 8, top=2) == 0
+
+
+def test_parameters_that_are_not_finite_are_never_saved(data, tmp_path):
+    # In the last step, after which no loss is computed.
+    task = make_task(optimiser=optax.sgd(1e38))
+    options = {"epochs": 1, "batch_size": 40}
+    with pytest.raises(command_line.UserError, match="new parameters (inf|nan)"):
+        train(task, data, tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_killed_while_it_makes_its_folder_begins_again(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.eqx.part").write_bytes(b"a part")
+    metrics, _, _ = train(make_task(), data, tmp_path / "run")
+    assert len(metrics) == 2
+
+
+def test_double_precision_is_double(data, tmp_path):
+    options.start(options.Options(precision="float64"))
+    _, model, _ = train(make_task(), data, tmp_path / "run", precision="float64")
+    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    assert all(leaf.dtype == jnp.float64 for leaf in leaves)
+
+
 def test_the_table_of_results(tmp_path, capsys):
     import collect_results
 
     for name, ours in (("a", [1.0, 2.0]), ("b", [None])):
-        rows = [{"quantity": "q", "paper": "3", "code": "4", "ours": ours}]
+        rows = [{"quantity": "|q|", "paper": "3", "code": "4", "ours": ours}]
         results.save(tmp_path / name, {"experiment": name, "rows": rows})
     collect_results.main([str(tmp_path)])
     out = capsys.readouterr().out
-    assert "| a | q | 3 | 4 | 1.5 (1 to 2) | 2 |" in out
-    assert "| b | q | 3 | 4 | nan | 1 |" in out
+    assert "| a | \\|q\\| | 3 | 4 | 1.5 (1 to 2) | 2 |" in out
+    assert "| b | \\|q\\| | 3 | 4 | nan | 1 |" in out
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "results.json").write_text("{")
     with pytest.raises(command_line.UserError, match="cannot be read"):

@@ -13,13 +13,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Conv2d(eqx.Module):
-    """A two-dimensional convolution of images that have their channels last.
+    r"""A two-dimensional convolution of images that have their channels last.
 
     Made for the cells of implicit layers. On the CPU, in the loop of a solver, XLA is
     slow on convolutions, very slow if they have their channels first, and very slow on
-    products with their transposed Jacobian. This layer is as fast inside a loop as
-    outside, forwards and backwards: with 16 or more input channels and no stride it is
-    a product of matrices there. On other devices it is XLA's convolution.
+    products with their transposed Jacobian. The value of this layer and its products
+    with $J$ and $J^\top$, which are what a solver's loops consist of, are as fast inside
+    a loop as outside: with 16 or more input channels and no stride it is a product of
+    matrices there. (The gradient of the kernel is XLA's, and slow where a loop itself is
+    differentiated.) On other devices it is XLA's convolution.
     """
 
     weight: Float[Array, "height width in_channels out_channels"]

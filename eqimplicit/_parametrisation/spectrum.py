@@ -26,9 +26,9 @@ class SpectralNorm(AbstractParametrisation):
     the node holds (Algorithm 1 of the paper). Resolving never changes this vector, so
     that inference is a function of its input;
     [`eqimplicit.advance_spectral_norms`][] after each step of the optimiser keeps it
-    up with the weight. The gradient passes through $\sigma$, not through the vector,
-    which no optimiser changes but by weight decay, and that only its length, which does
-    not matter.
+    up with the weight. The gradient passes through $\sigma$, not through the vector.
+    (Decoupled weight decay changes only its length, which does not matter. Decay that
+    is added to the gradient before Adam's scaling turns it a little.)
 
     The estimate is never above $\sigma$; it tends to it geometrically, as the square of
     the ratio of the two largest singular values.

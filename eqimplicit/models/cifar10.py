@@ -188,9 +188,10 @@ def jfb_cifar10(
 ) -> ImageClassifier:
     """The network that the JFB paper trains on CIFAR-10, of 843,430 parameters.
 
-    Five in six of them are in the encoder. The solver is the paper's too: Picard
-    iteration to an absolute tolerance of 0.1 in at most 50 steps. The head drops whole
-    channels, the authors' single numbers.
+    Five in six of them are in the encoder. The solver is Picard iteration to an
+    absolute tolerance of 0.1 in at most 50 steps, as in the paper, but of the largest
+    entry where that has the norm of an image. The head drops whole channels, the
+    authors' single numbers.
 
     **Arguments:**
 

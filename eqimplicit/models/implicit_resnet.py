@@ -57,15 +57,13 @@ class ImplicitResNet(eqx.Module):
     A convolution; then stages, each an [`eqimplicit.ODEBlock`][] of blocks with
     parameters of their own; then the mean over all pixels and a linear map. An implicit
     block needs a state that keeps its shape. So from the second stage on the change of
-    shape comes first, as the strided 1 x 1 convolution that is the skip connection of a
-    ResNet's strided block, and the block itself works on the new shape. (A ResNet's
-    strided block has fewer parameters, since its first convolution changes the number
-    of channels.)
+    shape comes first, as a strided 3 x 3 convolution, and the blocks work on the new
+    shape. (In a ResNet it is the first convolution of the stage's first block.)
 
     Takes one image, as all of Equinox does: every image has solves of its own.
 
     Its defaults, with 8 initial channels and eight blocks as in a ResNet-18, have
-    199,250 parameters; those of the paper 175 thousand.
+    220,754 parameters; those of the paper 175 thousand.
 
     ??? cite "References"
 
@@ -124,7 +122,9 @@ class ImplicitResNet(eqx.Module):
             if i == 0:
                 transitions.append(None)
             else:
-                conv = Conv2d(before, after, 1, 2, use_bias=False, key=transition_key)
+                conv = Conv2d(
+                    before, after, 3, 2, 1, use_bias=False, key=transition_key
+                )
                 transitions.append(conv)
                 height, width = -(-height // 2), -(-width // 2)
             shape = height, width, after

@@ -128,8 +128,9 @@ def jfb_svhn(
     """The network that the JFB paper trains on SVHN, of 163,488 parameters.
 
     The paper's 164 thousand are 163,744: the authors' code holds 256 more, of two
-    normalisations that it never calls. They are left out. The solver is the paper's
-    too: Picard iteration to an absolute tolerance of 1e-4 in at most 200 steps.
+    normalisations that it never calls. They are left out. The solver is Picard
+    iteration to an absolute tolerance of 1e-4 in at most 200 steps, as in the paper, but
+    of the largest entry where that has the norm of an image.
 
     **Arguments:**
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .command_line import UserError
@@ -36,6 +37,18 @@ def join(coordinator: str | None, num_processes: int, process_id: int) -> None:
 def is_first() -> bool:
     """Whether this process writes and prints."""
     return jax.process_index() == 0
+
+
+def check_agreement(value: int, what: str) -> None:
+    """Refuses to go on if the processes do not have the same number."""
+    if jax.process_count() == 1:
+        return
+    values = multihost_utils.process_allgather(np.array(value)).tolist()
+    if len(set(values)) > 1:
+        raise UserError(
+            f"the processes do not agree on {what}: {values}. They must share the "
+            "folder of --out"
+        )
 
 
 @ft.cache

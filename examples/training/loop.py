@@ -35,7 +35,7 @@ class Task(NamedTuple):
     - `after`: `after(model) -> model`, called after every step of the optimiser.
     - `augment`: `augment(key, images) -> images`, if images are altered in training.
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
-        epoch, from a few training images.
+        epoch, from a batch of training images.
     - `smoothing`: that of the labels in the loss.
     """
 
@@ -91,6 +91,8 @@ def train_step(arrays, images, labels, key, task, adapt, precision):
     updates, opt_state = task.optimiser.update(grads, opt_state, params)
     model = task.after(eqx.apply_updates(model, updates))
     metrics["gradient_norm"] = optax.tree.norm(grads)
+    new = eqx.filter((model, state), eqx.is_inexact_array)
+    metrics["parameter_norm"] = optax.tree.norm(new)
     return devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
 
 
@@ -119,8 +121,9 @@ def accuracy(
         images = devices.divide(images)
         logits = np.asarray(predict(model, state, images, task.forward, precision))
         own = np.take_along_axis(logits, labels[:, None], axis=1)
-        num_above = np.sum(logits > own, axis=1)
-        num_correct += np.sum((num_above < top)[indices < size])
+        # NaN is below nothing, and a tie is not right.
+        num_not_below = np.sum(~(logits < own), axis=1) - 1
+        num_correct += np.sum((num_not_below < top)[indices < size])
     return float(num_correct) / size
 
 
@@ -143,6 +146,10 @@ def train(
     record = options_module.record(options, experiment) | (more or {})
     old_metrics = run_folder.open_run(folder, record)
     metrics = old_metrics or []
+    devices.check_agreement(len(metrics), f"how many epochs {folder} has finished")
+    if options.precision == "float64":
+        model, state = cast((task.model, task.state), "float64")
+        task = task._replace(model=model, state=state)
     opt_state = task.optimiser.init(eqx.filter(task.model, eqx.is_inexact_array))
     arrays = task.model, task.state, opt_state
     if old_metrics is None:
@@ -166,7 +173,7 @@ def train(
             task, model, state, data, data.test, options.batch_size, options.precision
         )
         if task.diagnose is not None:
-            few = np.arange(min(num_images, 32))
+            few = np.arange(options.batch_size)
             line |= task.diagnose(model, state, *data.normalise(data.train, few))
         line["seconds"] = time.perf_counter() - start
         metrics = [*metrics, {"epoch": epoch, **line}]
@@ -212,7 +219,8 @@ def _epoch(task, data, options, folder, epoch, arrays):
 
 
 def _check_finite(line, nonfinite, step, epoch, folder):
-    values = float(line["loss"]), float(line["gradient_norm"])
+    names = "loss", "gradient_norm", "parameter_norm"
+    values = [float(line[name]) for name in names]
     if all(np.isfinite(values)):
         return
     layers = [name for name, bad in nonfinite.items() if bad]
@@ -223,8 +231,9 @@ def _check_finite(line, nonfinite, step, epoch, folder):
     )
     raise UserError(
         f"step {step} (epoch {epoch}): the loss is {values[0]:g}, the norm of its "
-        f"gradient {values[1]:g}. {where}. {folder} keeps the checkpoint of epoch "
-        f"{epoch - 1}. Try another --out with a smaller --learning-rate"
+        f"gradient {values[1]:g}, that of the new parameters {values[2]:g}. {where}. "
+        f"{folder} keeps the checkpoint of epoch {epoch - 1}. Try another --out with a "
+        "smaller --learning-rate"
     )
 
 

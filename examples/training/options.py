@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any, Literal
 
+import jax
 import pooch
 
 from . import devices
@@ -67,7 +68,13 @@ def start(options: Options) -> None:
     check_positive(options, "learning_rate")
     if not 0 <= options.seed < 2**32:
         refuse("seed", options.seed, "between 0 and 2**32 - 1")
+    if options.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
     devices.join(options.coordinator, options.num_processes, options.process_id)
+
+
+def given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def steps_per_epoch(options: Options, num_images: int) -> int:

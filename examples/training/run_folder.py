@@ -79,8 +79,9 @@ def save(
     """Writes the metrics, one line of JSON an epoch, and then the checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "metrics.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        if metrics:  # so that a folder without a checkpoint has nothing else either
+            with replacing(folder / "metrics.jsonl") as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in metrics))
         with replacing(folder / _checkpoint) as path, path.open("wb") as file:
             header = {"config": config, "metrics": metrics, "arrays": _describe(tree)}
             file.write(json.dumps(header).encode() + b"\n")
