@@ -18,10 +18,10 @@ class Conv2d(eqx.Module):
     Made for the cells of implicit layers. On the CPU, in the loop of a solver, XLA is
     slow on convolutions, very slow if they have their channels first, and very slow on
     products with their transposed Jacobian. The value of this layer and its products
-    with $J$ and $J^\top$, which are what a solver's loops consist of, are as fast inside
-    a loop as outside: with 16 or more input channels and no stride it is a product of
-    matrices there. (The gradient of the kernel is XLA's, and slow where a loop itself is
-    differentiated.) On other devices it is XLA's convolution.
+    with $J$ and $J^\top$, which are what a solver's loops consist of, are as fast
+    inside a loop as outside: with 16 or more input channels and no stride it is a
+    product of matrices there. (The gradient of the kernel is XLA's, and slow where a
+    loop itself is differentiated.) On other devices it is XLA's convolution.
     """
 
     weight: Float[Array, "height width in_channels out_channels"]

@@ -129,8 +129,8 @@ def jfb_svhn(
 
     The paper's 164 thousand are 163,744: the authors' code holds 256 more, of two
     normalisations that it never calls. They are left out. The solver is Picard
-    iteration to an absolute tolerance of 1e-4 in at most 200 steps, as in the paper, but
-    of the largest entry where that has the norm of an image.
+    iteration to an absolute tolerance of 1e-4 in at most 200 steps, as in the paper,
+    but of the largest entry where that has the norm of an image.
 
     **Arguments:**
 

@@ -141,7 +141,6 @@ def train(
 
     `more` are settings that are not options, of which the folder is to keep a record.
     """
-    num_images = len(data.train.labels)
     devices.check_batch_size(options.batch_size)
     record = options_module.record(options, experiment) | (more or {})
     old_metrics = run_folder.open_run(folder, record)
