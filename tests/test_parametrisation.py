@@ -197,3 +197,16 @@ def test_nodes_in_a_nested_layer_are_resolved():
         return eqi.DEQ(Outer(eqi.DEQ(Cell(weight, []))))
 
     assert jnp.allclose(outer(eqi.WeightNorm(weight))(x), outer(weight)(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("axis", (2, -3))
+def test_an_axis_that_a_weight_has_not_is_refused(axis):
+    with pytest.raises(ValueError, match="one of the 2 axes"):
+        eqi.WeightNorm(jnp.ones((2, 3)), axis=axis)
+
+
+def test_weight_norm_takes_the_axis_of_the_output_units(getkey):
+    weight = jr.normal(getkey(), (3, 2, 4))
+    node = eqi.WeightNorm(weight, axis=-1)
+    assert jnp.allclose(node.resolve(), weight)
+    assert jnp.allclose(node.length, jnp.linalg.norm(weight.reshape(-1, 4), axis=0))

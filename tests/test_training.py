@@ -198,6 +198,26 @@ def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path):
         train(make_task(), data, tmp_path / "run")
 
 
+def test_a_full_disk_ends_with_one_line(data, tmp_path, monkeypatch, capsys):
+    def full(path, *args):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(loop.curves, "plot_curves", full)
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(lambda: train(make_task(), data, tmp_path / "run"))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:") and "No space left on device" in error
+
+
+def test_batches_larger_than_the_data_are_refused_before_anything_is_written(
+    data, tmp_path
+):
+    with pytest.raises(command_line.UserError, match="at most 40"):
+        train(make_task(), data, tmp_path / "run", batch_size=41)
+    assert not (tmp_path / "run").exists()
+
+
 def test_bfloat16_keeps_parameters_and_errors_in_single_precision(data, tmp_path):
     metrics, model, _ = train(
         make_task(), data, tmp_path / "run", epochs=5, precision="bfloat16"

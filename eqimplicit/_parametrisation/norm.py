@@ -36,7 +36,14 @@ class WeightNorm(AbstractParametrisation):
         - `weight`: the weight to start from; `resolve` first returns just this weight.
             No slice of it may be zero.
         - `axis`: the axis of the output units.
+
+        **Raises:** a `ValueError` if the weight has no such axis.
         """
+        if not -weight.ndim <= axis < weight.ndim:
+            raise ValueError(
+                f"`axis` must be one of the {weight.ndim} axes of the weight. Got "
+                f"{axis}."
+            )
         self.direction = weight
         self.axis = axis
         self.length = jnp.linalg.vector_norm(weight, axis=self._other_axes())

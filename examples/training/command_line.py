@@ -1,8 +1,12 @@
 """What the command lines of the examples share."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
+
+
+_NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 
 
 class UserError(Exception):
@@ -15,6 +19,12 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        # A full disk, or a folder that cannot be written: others are bugs.
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. The same command resumes the run.", file=sys.stderr)

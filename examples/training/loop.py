@@ -134,15 +134,13 @@ def train(
     folder: pathlib.Path,
     title: str,
     experiment: str,
-    more: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], Any, Any]:
     """Trains, or resumes what is in the folder. Returns the metrics of each epoch, and
     the trained model and its state.
-
-    `more` are settings that are not options, of which the folder is to keep a record.
     """
     devices.check_batch_size(options.batch_size)
-    record = options_module.record(options, experiment) | (more or {})
+    options_module.steps_per_epoch(options, len(data.train.labels))
+    record = options_module.record(options, experiment)
     old_metrics = run_folder.open_run(folder, record)
     metrics = old_metrics or []
     devices.check_agreement(len(metrics), f"how many epochs {folder} has finished")
