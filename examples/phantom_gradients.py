@@ -185,6 +185,14 @@ def at_step(pretrain_steps: int, step: int) -> Any:
     return classifiers.unroll(10) if step < pretrain_steps else loop.as_it_is
 
 
+def without_adjoint(model: Any, max_steps: int | None = None) -> Any:
+    """The solve alone, and so the same program for every method."""
+    old = model.layer
+    max_steps = old.max_steps if max_steps is None else max_steps
+    layer = eqi.DEQ(old.cell, old.solver, max_steps=max_steps, init=old.init)
+    return eqx.tree_at(lambda m: m.layer, model, layer)
+
+
 PHANTOMS = (eqi.PhantomAdjoint(5, 0.5), eqi.NeumannAdjoint(5, 0.5), eqi.JFBAdjoint())
 
 
@@ -207,10 +215,7 @@ def diagnose(model, state, images, labels):
     """The cosines of phantom gradients with the exact one, whatever the network is
     trained with, and the spectral radius, as means over a few images."""
     del state
-    # The same for every method, so that this is compiled once.
-    layer = model.layer
-    layer = eqi.DEQ(layer.cell, layer.solver, max_steps=50, init=layer.init)
-    model = eqx.tree_at(lambda m: m.layer, model, layer)
+    model = without_adjoint(model, max_steps=50)
     (upg, npg, jfb), radius = _diagnose(model, images[:8], labels[:8])
     return {
         "cosine_upg": float(upg),
@@ -296,6 +301,7 @@ def train(name, method, config, data, folder, seed):
         make_forward(method.jacobian_weight),
         make_optimiser(method.optimiser, config.learning_rate, steps),
         at_step=ft.partial(at_step, pretrain_steps),
+        for_prediction=without_adjoint,
         diagnose=diagnose,
     )
     plain = "".join(c if c.isalnum() else "-" for c in name).strip("-")

@@ -33,6 +33,8 @@ class Task(NamedTuple):
         puts the solvers and adjoints of this step into the model, and leaves its
         parameters. A step is compiled for each such function.
     - `after`: `after(model) -> model`, called after every step of the optimiser.
+    - `for_prediction`: `for_prediction(model) -> model`, with the solver and adjoint of
+        evaluation, if those of training are others.
     - `augment`: `augment(key, images) -> images`, if images are altered in training.
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
         epoch, from a batch of training images.
@@ -45,6 +47,7 @@ class Task(NamedTuple):
     optimiser: optax.GradientTransformation
     at_step: Callable[[int], Callable[[Any], Any]] = lambda step: as_it_is
     after: Callable[[Any], Any] = as_it_is
+    for_prediction: Callable[[Any], Any] = as_it_is
     augment: Callable[[Any, Any], Any] | None = None
     diagnose: Callable[..., dict[str, Any]] | None = None
     smoothing: float = 0.0
@@ -113,6 +116,7 @@ def accuracy(
     top: int = 1,
 ) -> float:
     """Of a whole set in inference mode: how often the label is among the `top`."""
+    model = task.for_prediction(model)
     size, num_correct = len(part.labels), 0
     for start in range(0, size, batch_size):
         # The last batch is filled up with the first images, which do not count.
