@@ -76,6 +76,8 @@ SWEEP = {
     for k in (1, 5, 15)
 }
 
+SMALL = ("implicit, SGD", "UPG(5, .5)", "NPG(5, .5)", "NPG(15, 1)")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(options.Options):
@@ -93,8 +95,8 @@ class Config(options.Options):
     """The digits are embedded, the others are in --data-dir."""
 
     methods: tuple[str, ...] = ()
-    """Rows of the ablation and the sweep; by default all.
-    results.json has those of one call."""
+    """Rows of the ablation and the sweep; by default all, or
+    four if small. results.json has those of one call."""
 
     epochs: int | None = None
     """Passes over the training images."""
@@ -252,9 +254,8 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     for name in config.methods:
         if name not in known:
             options.refuse("methods", name, f"among {', '.join(known) or 'none'}")
-    chosen = {
-        k: v for k, v in known.items() if k in config.methods or not config.methods
-    }
+    some = config.methods or (SMALL if config.small else tuple(known))
+    chosen = {name: method for name, method in known.items() if name in some}
     options.start(config)
     folder = out_folder(config)
     synthetic, rows, histories = {}, [], {}

@@ -99,10 +99,13 @@ def test_the_noise_experiment(tmp_path, capsys):
     options = ("--dataset", "digits", "--small", "--epochs", 2, "--train-size", 250)
     content = run(robust_resnet, tmp_path, *options, "--networks", "1")
     for one in content["results"].values():
-        for part in ("train", "test"):
-            first, second = (np.array(one[f"{part} top-{k}"]) for k in (1, 2))
+        for part in ("train, gaussian", "train, clipped", "test, clipped"):
+            first, second = (np.array(one[f"{part}, top-{k}"]) for k in (1, 2))
             assert first.shape == second.shape == (1, 6)
             assert np.all(second >= first) and np.all(first <= 100)
+        # Without noise there is nothing to clip.
+        clean = (one[f"test, {kind}, top-1"][0, 0] for kind in robust_resnet.KINDS)
+        assert len(set(clean)) == 1
         assert one["evaluations"][0] > 6
     assert "is no theta" in fails(capsys, robust_resnet, *options, "--networks", "2")
     assert "is no theta" in fails(capsys, robust_resnet, *options, "--networks", "x")

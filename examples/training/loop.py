@@ -105,7 +105,7 @@ def predict(model, state, images, forward, precision):
     return devices.keep_whole(forward(model, state, images).logits)
 
 
-def accuracy(
+def ranks(
     task: Task,
     model: Any,
     state: Any,
@@ -113,11 +113,11 @@ def accuracy(
     part: image_data.Images,
     batch_size: int,
     precision: str = "float32",
-    top: int = 1,
-) -> float:
-    """Of a whole set in inference mode: how often the label is among the `top`."""
+) -> np.ndarray:
+    """Of the label of each image of a set, in inference mode: how many other classes
+    are not less likely. NaN is below nothing, so that a tie is not right."""
     model = task.for_prediction(model)
-    size, num_correct = len(part.labels), 0
+    size, all_ranks = len(part.labels), []
     for start in range(0, size, batch_size):
         # The last batch is filled up with the first images, which do not count.
         indices = np.arange(start, start + batch_size)
@@ -125,10 +125,8 @@ def accuracy(
         images = devices.divide(images)
         logits = np.asarray(predict(model, state, images, task.forward, precision))
         own = np.take_along_axis(logits, labels[:, None], axis=1)
-        # NaN is below nothing, and a tie is not right.
-        num_not_below = np.sum(~(logits < own), axis=1) - 1
-        num_correct += np.sum((num_not_below < top)[indices < size])
-    return float(num_correct) / size
+        all_ranks.append(np.sum(~(logits < own), axis=1) - 1)
+    return np.concatenate(all_ranks)[:size]
 
 
 def train(
@@ -170,9 +168,10 @@ def train(
         start = time.perf_counter()
         arrays, line = _epoch(task, data, options, folder, epoch, arrays)
         model, state, _ = arrays
-        line["test_accuracy"] = accuracy(
+        test_ranks = ranks(
             task, model, state, data, data.test, options.batch_size, options.precision
         )
+        line["test_accuracy"] = float(np.mean(test_ranks == 0))
         if task.diagnose is not None:
             few = np.arange(options.batch_size)
             line |= task.diagnose(model, state, *data.normalise(data.train, few))
