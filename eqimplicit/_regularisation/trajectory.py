@@ -75,7 +75,7 @@ def trajectory_penalty(
     r"""The penalty of the paper on the field $F$ of a block along a trajectory $y_t$ of
     $T$ steps and $d$ unknowns (equation (20)):
 
-    $$\frac 1 T \left( \sideset{}{'}\sum_{t=0}^T \left[ \frac{\alpha_{div}}{d}
+    $$\frac 1 T \left( \mathop{{\sum}'}_{t=0}^T \left[ \frac{\alpha_{div}}{d}
     \left( \frac t T \right)^p \nabla \cdot F(y_t)
     + \frac{\alpha_{jac}}{d^2} \left\| \frac{\partial F}{\partial y}(y_t) \right\|_F^2
     \right] + \frac{\alpha_{TV}}{T} \sum_{t=1}^T \|\gamma_t - \gamma_{t-1}\|^2 \right)$$
