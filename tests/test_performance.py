@@ -192,7 +192,16 @@ def test_a_split_batch_stays_split(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "name", ["solvers", "adjoints", "cells", "against_others", "gpu", "predictors"]
+    "name",
+    [
+        "solvers",
+        "adjoints",
+        "cells",
+        "against_others",
+        "gpu",
+        "predictors",
+        "convergence",
+    ],
 )
 def test_benchmarks_run(tmp_path, name):
     script = [sys.executable, str(_root / "benchmarks" / f"{name}.py"), "--small"]

@@ -460,3 +460,21 @@ def test_a_residual_whose_square_underflows_is_not_zero(norm, rtol):
     f = lambda z, _: 0.5 * z + jnp.full(3, 1e-22, jnp.float32)
     sol = solve(f, eqi.Picard(rtol, 1e-30, norm), jnp.zeros(3, jnp.float32))
     assert jnp.allclose(sol.value, 2e-22, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_steps_beyond_rounding_do_no_harm(cls, dtype):
+    # All that a secant sees then is noise, and a long history is full of it.
+    solver = cls(0.0, 1e-30, history_size=100)
+    for name in ("non-symmetric, norm 0.9", "tanh, gain 1", "rotations, radius 1"):
+        nonlinear, weight, x = evaluations.make_problems(0)[name]
+        weight, x = jnp.asarray(weight, dtype), jnp.asarray(x, dtype)
+        image = lambda z: weight @ z + x
+        fn = lambda z: jnp.tanh(image(z)) if nonlinear else image(z)
+        history = jax.jit(
+            lambda z: eqi.convergence_history(fn, z, solver, num_steps=400)
+        )(jnp.zeros_like(x))
+        best = jnp.argmin(history)
+        assert history[best] < 10 * jnp.finfo(dtype).eps
+        assert jnp.max(history[best:]) < 1e-5, name

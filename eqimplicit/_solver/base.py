@@ -331,11 +331,14 @@ def _border(inverse, row, column, last_row, corner, smallest_pivot) -> Array:
     """The inverse of a matrix with a new row and column.
 
     A step that (nearly) depends on the earlier ones would blow the inverse up. Being
-    the most recent, it takes their place; unless it is no use by itself.
+    the most recent, it takes their place; unless it is no use by itself. (Updates of an
+    inverse have errors of the square of its size, hence the root.)
     """
     left, right = inverse @ column, last_row @ inverse
     pivot = corner - last_row @ left
-    keep = jnp.abs(pivot) > smallest_pivot
+    size = jnp.max(jnp.abs(left)) * jnp.max(jnp.abs(right))
+    too_large = size * float(jnp.finfo(inverse.dtype).eps) ** 0.5
+    keep = jnp.abs(pivot) > jnp.maximum(smallest_pivot, too_large)
     inverse, left, right = (jnp.where(keep, x, 0) for x in (inverse, left, right))
     pivot = jnp.where(keep, pivot, corner)
     safe = jnp.abs(pivot) > smallest_pivot
