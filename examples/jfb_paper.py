@@ -11,6 +11,7 @@ Each method and seed has a run folder of its own, so that the same command resum
 import dataclasses
 import functools as ft
 import pathlib
+import typing
 from typing import Any, Literal
 
 import equinox as eqx
@@ -46,6 +47,7 @@ Method = Literal[
     "cg-converged",
     "exact",
 ]
+SMALL: tuple[Method, ...] = ("explicit", "jfb", "neumann-5", "cg", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +57,9 @@ class Config(options.Options):
     dataset: image_data.Name = "mnist"
     """The digits are embedded, the others are in --data-dir."""
 
-    methods: tuple[Method, ...] = (
-        "explicit",
-        "jfb",
-        "neumann-1",
-        "neumann-5",
-        "neumann-10",
-        "cg",
-        "cg-converged",
-        "exact",
-    )
-    """explicit applies the cell once; neumann-K adds K products
+    methods: tuple[Method, ...] | None = None
+    """By default all, or explicit, jfb, neumann-5, cg, exact if
+    small. explicit applies the cell once; neumann-K adds K products
     with the Jacobian; cg is conjugate gradients as the paper
     stops them, without batch normalisation in the cell, whose
     kernels have bounded norms; cg-converged is the same but
@@ -275,6 +269,9 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     small = setting.small if config.small else {}
     config = dataclasses.replace(
         config,
+        methods=options.given(
+            config.methods, SMALL if config.small else typing.get_args(Method)
+        ),
         epochs=options.given(config.epochs, small.get("epochs", setting.epochs)),
         train_size=options.given(config.train_size, small.get("train_size")),
         learning_rate=options.given(

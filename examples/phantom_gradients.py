@@ -70,7 +70,7 @@ METHODS = {
     ),
 }
 SWEEP = {
-    f"{form}({k}, {damping:g})": Method(kind(k, damping))
+    f"{form}({k}, {damping:g})".replace("0.", "."): Method(kind(k, damping))
     for form, kind in (("UPG", eqi.PhantomAdjoint), ("NPG", eqi.NeumannAdjoint))
     for damping in (0.5, 1.0)
     for k in (1, 5, 15)
@@ -190,8 +190,8 @@ def at_step(pretrain_steps: int, step: int) -> Any:
 def without_adjoint(model: Any, max_steps: int | None = None) -> Any:
     """The solve alone, and so the same program for every method."""
     old = model.layer
-    max_steps = old.max_steps if max_steps is None else max_steps
-    layer = eqi.DEQ(old.cell, old.solver, max_steps=max_steps, init=old.init)
+    steps = old.max_steps if max_steps is None else max_steps
+    layer = eqi.DEQ(old.cell, old.solver, max_steps=steps, init=old.init)
     return eqx.tree_at(lambda m: m.layer, model, layer)
 
 
@@ -366,7 +366,7 @@ def draw(config: Config, content: dict[str, Any], histories) -> None:
         "spectral_radius": "spectral radius of the cell's Jacobian",
     }
     for part, methods in (("ablation", METHODS), ("sweep", SWEEP)):
-        lines = {name: runs for name, runs in histories.items() if name in methods}
+        lines = {name: histories[name] for name in methods if name in histories}
         if not lines:
             continue
         figure, axes = figures.grid(1, len(panels), width=4, height=3.6)
@@ -380,7 +380,7 @@ def draw(config: Config, content: dict[str, Any], histories) -> None:
         for axis, title in zip(axes[0], panels.values()):
             figures.name(axis, title)
             axis.set_xlabel("epoch")
-        figures.legend(axes[0, 0])
+        figures.legend_beside(figure, axes[0, 0])
         title = f"{config.dataset}: exact and phantom gradients"
         figures.save(figure, folder, f"{part}.png", title)
 

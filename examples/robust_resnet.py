@@ -292,27 +292,28 @@ def rows(results: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     """At noise .3 to .5, where the paper compares."""
     lines = []
     is_mnist = config.dataset == "mnist"
-    for part, kind in itertools.product(PARTS, KINDS):
+    for kind, part in itertools.product(KINDS, PARTS):
         what = f"{kind} noise, {part}ing images"
         is_papers = is_mnist and part == "train" and kind == "gaussian"
-        for network, one in results.items():
+        top_1 = {
+            network: np.array(one[f"{part}, {kind}, top-1"])[:, 3:]
+            for network, one in results.items()
+        }
+        for network, values in top_1.items():
             name = network if network == SKIP else f"theta {network}"
-            for k in (3, 4, 5):
-                known = is_papers and network in PAPER
-                lines.append(
-                    results_file.row(
-                        f"{name}, {what}: top-1 at {NOISES[k]:g}, %",
-                        one[f"{part}, {kind}, top-1"][:, k],
-                        str(PAPER[network][0][k]) if known else "not stated",
-                    )
-                )
-        if {"0", "1"} <= results.keys():
-            key = f"{part}, {kind}, top-1"
-            gain = np.array(results["1"][key]) - np.array(results["0"][key])
+            papers = np.mean(PAPER[network][0][3:]) if network in PAPER else None
             lines.append(
                 results_file.row(
-                    f"theta 1 over theta 0, {what}: mean of .3 to .5, points",
-                    np.mean(gain[:, 3:], axis=1),
+                    f"{name}, {what}: top-1, mean of .3 to .5, %",
+                    np.mean(values, axis=1),
+                    f"{papers:.1f}" if papers and is_papers else "not stated",
+                )
+            )
+        if {"0", "1"} <= results.keys():
+            lines.append(
+                results_file.row(
+                    f"theta 1 over theta 0, {what}: points",
+                    np.mean(top_1["1"] - top_1["0"], axis=1),
                     "23.4" if is_papers else "not stated",
                 )
             )
@@ -354,7 +355,7 @@ def draw(config: Config, content: dict[str, Any]) -> None:
             where = "training" if part == "train" else "unseen"
             figures.name(axis, f"{where} images, {kind} noise")
             axis.set(xlabel="standard deviation of the noise", ylabel="accuracy, %")
-    figures.legend(axes[0, 0])
+    figures.legend_beside(figure, axes[0, 0])
     title = f"{config.dataset}: robustness to noise"
     figures.save(figure, out_folder(config), "noise.png", title)
 

@@ -40,6 +40,13 @@ def legend(axes: Any, **kwargs: Any) -> None:
     axes.legend(frameon=False, labelcolor=DARK, fontsize=9, **kwargs)
 
 
+def legend_beside(figure: matplotlib.figure.Figure, axes: Any) -> None:
+    """One legend for all axes, to their right, for more lines than fit inside."""
+    handles, labels = axes.get_legend_handles_labels()
+    style = dict(frameon=False, labelcolor=DARK, fontsize=9)
+    figure.legend(handles, labels, loc="outside right center", **style)
+
+
 def save(
     figure: matplotlib.figure.Figure, folder: pathlib.Path, file: str, title: str
 ) -> None:
