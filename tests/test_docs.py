@@ -1,11 +1,22 @@
 """The pages of the documentation agree with the package, and their snippets run."""
 
+import functools
 import importlib
+import inspect
 import pathlib
 import re
+import shlex
+import textwrap
 import types
+from typing import Any
 
+import diffrax
+import equinox as eqx
+import jax
 import pytest
+import tyro
+
+import eqimplicit as eqi
 
 
 _docs = pathlib.Path(__file__).parent.parent / "docs"
@@ -56,3 +67,59 @@ def test_snippets_print_what_the_page_says(page, capsys):
     for code, printed in _snippet.findall((_docs / page).read_text(encoding="utf-8")):
         exec(compile(code, page, "exec"), namespace)
         assert capsys.readouterr().out == printed
+
+
+class _Field(eqx.Module):
+    mlp: Any
+
+    def __call__(self, t, y, args):
+        return self.mlp(y)
+
+
+def _names_of_examples():
+    """What the examples in docstrings take for granted."""
+    field = lambda t, y, args: -y
+    return {
+        **{"eqi": eqi, "eqx": eqx, "jax": jax, "jr": jax.random, "ft": functools},
+        **{"diffrax": diffrax, "key": jax.random.key(0)},
+        **{"field": field, "make_field": lambda key: field, "MyField": _Field},
+        "keys": jax.random.split(jax.random.key(1), 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, value in sorted(_public_names().items())
+        if "```python" in (inspect.getdoc(value) or "")
+    ],
+)
+def test_examples_in_docstrings_run(name):
+    shape = (2, 32, 32, 3) if name.endswith("mdeq") else (2, 28, 28, 1)
+    docstring = inspect.getdoc(_public_names()[name])
+    (code,) = re.findall(r"^ *```python\n(.*?)^ *```$", docstring, re.M | re.S)
+
+    def run(images):
+        exec(textwrap.dedent(code), _names_of_examples() | {"images": images})
+
+    # Traced, which is enough to find a mistake, and takes no compilation.
+    jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float)))
+
+
+_command = re.compile(r"^python examples/(\w+)\.py(.*)$", re.M)
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    sorted(
+        {
+            command
+            for page in [*_docs.rglob("*.md"), _docs.parent / "README.md"]
+            for command in _command.findall(page.read_text(encoding="utf-8"))
+        }
+    ),
+)
+def test_commands_have_these_options(script, options):
+    config = importlib.import_module(script).Config
+    tyro.cli(config, args=shlex.split(options.replace("HOST", "127.0.0.1")))
