@@ -248,8 +248,8 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         if getattr(config, name) < 1:
             options.refuse(name, getattr(config, name), "at least 1")
     known = {
-        **(METHODS if "ablation" in config.parts else {}),
         **(SWEEP if "sweep" in config.parts else {}),
+        **(METHODS if "ablation" in config.parts else {}),
     }
     for name in config.methods:
         if name not in known:

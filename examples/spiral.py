@@ -257,6 +257,8 @@ def draw(config: Config, models, results) -> None:
         for label, colour in ((0, figures.COLOURS[0]), (1, figures.ACCENT)):
             axis.plot(*points[labels == label].T, ".", color=colour, markersize=2)
         axis.set(aspect="equal", xlim=(-8, 8), ylim=(-8, 8))
+    for axis in axes.flat[len(models) :]:
+        axis.remove()
     figures.save(figure, config.out, "spirals.png", "Two spirals")
 
     figure, axes = figures.grid(1, 1, 5, 3.2)

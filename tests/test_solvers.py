@@ -478,3 +478,18 @@ def test_steps_beyond_rounding_do_no_harm(cls, dtype):
         best = jnp.argmin(history)
         assert history[best] < 10 * jnp.finfo(dtype).eps
         assert jnp.max(history[best:]) < 1e-5, name
+
+
+@pytest.mark.parametrize("cls", [eqi.Anderson, eqi.Broyden])
+def test_the_scale_of_a_problem_does_not_matter(cls, getkey):
+    rotation = orthogonal(getkey(), 50)
+    matrix = rotation @ jnp.diag(jnp.linspace(1, 4, 50)) @ rotation.T
+    counts = []
+    for scale in (1.0, 1e4):
+        a = (scale * matrix).astype(jnp.float32)
+        b = a @ jnp.ones(50, jnp.float32)
+        solver = cls(0.0, 1e-4 * scale, history_size=20, damping=1 / (2.5 * scale))
+        y0 = jnp.zeros(50, jnp.float32)
+        sol = optx.fixed_point(lambda z, _: z - (a @ z - b), solver, y0)
+        counts.append(int(sol.stats["num_evaluations"]))
+    assert abs(counts[0] - counts[1]) <= 1

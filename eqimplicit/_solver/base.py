@@ -291,14 +291,14 @@ class AbstractSecantIteration(
         # Two products with a vector: XLA's CPU backend takes longer over one with both.
         column, projection = dot(tests, change), dot(tests, residual)
         last_row, corner = self.border(step, column, column[row], mixed, damping)
-        smallest = 1e3 * jnp.finfo(column.dtype).eps * _length(test)
         inverse = _border(
             _delete(history.inverse, row),
             row,
             column,
             last_row,
             corner,
-            smallest_pivot=jnp.where(known, smallest, jnp.inf),
+            scale=_length(test),
+            known=known,
         )
 
         weights = (inverse @ projection).astype(z.dtype)
@@ -327,20 +327,22 @@ def _delete(inverse: Array, row: Int[Array, ""]) -> Array:
     return inverse.at[row].set(0).at[:, row].set(0)
 
 
-def _border(inverse, row, column, last_row, corner, smallest_pivot) -> Array:
-    """The inverse of a matrix with a new row and column.
+def _border(inverse, row, column, last_row, corner, scale, known) -> Array:
+    """The inverse of a matrix with a new row and column, if they are known. The matrix
+    has entries of the size of `scale`.
 
     A step that (nearly) depends on the earlier ones would blow the inverse up. Being
     the most recent, it takes their place; unless it is no use by itself. (Updates of an
     inverse have errors of the square of its size, hence the root.)
     """
+    eps = float(jnp.finfo(inverse.dtype).eps)
     left, right = inverse @ column, last_row @ inverse
     pivot = corner - last_row @ left
     size = jnp.max(jnp.abs(left)) * jnp.max(jnp.abs(right))
-    too_large = size * float(jnp.finfo(inverse.dtype).eps) ** 0.5
-    keep = jnp.abs(pivot) > jnp.maximum(smallest_pivot, too_large)
+    smallest = scale * jnp.maximum(1e3 * eps, eps**0.5 * size)
+    keep = known & (jnp.abs(pivot) > smallest)
     inverse, left, right = (jnp.where(keep, x, 0) for x in (inverse, left, right))
     pivot = jnp.where(keep, pivot, corner)
-    safe = jnp.abs(pivot) > smallest_pivot
+    safe = known & (jnp.abs(pivot) > scale * 1e3 * eps)
     border = jnp.outer(left.at[row].set(-1), right.at[row].set(-1))
     return inverse + jnp.where(safe, border / jnp.where(safe, pivot, 1), 0)
