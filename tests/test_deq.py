@@ -662,3 +662,13 @@ def test_mistakes_are_explained(name):
     check_solve_arguments(**right)
     with pytest.raises(kind, match=name):
         check_solve_arguments(**{**right, **mistake})
+
+
+def test_a_cell_that_fails_on_its_state_is_told_of_the_initial_guess(getkey):
+    linear = eqx.nn.Linear(7, 4, key=getkey())
+    cell = lambda z, x: jnp.tanh(linear(jnp.concatenate([z, x])))
+    with pytest.raises(TypeError) as error:
+        eqi.DEQ(cell)(jnp.ones(3))
+    notes = " ".join(error.value.__notes__)
+    assert "state of shape (3,)" in notes and "an `init`" in notes
+    assert eqi.DEQ(cell, init=lambda x: jnp.zeros(4))(jnp.ones(3)).shape == (4,)

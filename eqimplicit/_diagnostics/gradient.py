@@ -49,9 +49,19 @@ class GradientReport(eqx.Module):
             return repr(self)
         cosine, error, residual, products = (x.item() for x in values)
         return (
-            f"{type(self.adjoint).__name__}: cosine {cosine:.6f}, relative error "
+            f"{_short_name(self.adjoint)}: cosine {cosine:.6f}, relative error "
             f"{error:.1e}, residual {residual:.1e}, {products} products"
         )
+
+
+def _short_name(adjoint: optx.AbstractAdjoint) -> str:
+    """Its class and numbers, without the solvers in it."""
+    numbers = [
+        f"{name}={value}"
+        for name, value in vars(adjoint).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return f"{type(adjoint).__name__}({', '.join(numbers)})"
 
 
 def gradient_report(
@@ -93,7 +103,11 @@ def gradient_report(
     called.
     """
     if not isinstance(layer, DEQ):
-        raise TypeError(f"`layer` must be an `eqimplicit.DEQ`. Got {layer!r}.")
+        raise TypeError(
+            "`layer` must be an `eqimplicit.DEQ`, such as that inside a model, with a "
+            "`loss` that does what comes after it. Got an object of type "
+            f"`{type(layer).__name__}`."
+        )
     if not callable(loss):
         raise TypeError(
             "`loss` must be a function of the solution, and come before `x`. Got "
@@ -108,7 +122,9 @@ def gradient_report(
         )
         own = layer.adjoint
         adjoints = [own, *(x for x in kinds if not isinstance(x, type(own)))]
-    z = jax.lax.stop_gradient(layer.solve(x, z0, key=key, state=state).value)
+    # The solution itself, to which some adjoints add steps.
+    plain = eqx.tree_at(lambda d: d.adjoint, layer, ImplicitAdjoint())
+    z = jax.lax.stop_gradient(plain.solve(x, z0, key=key, state=state).value)
     dtype = accumulation_dtype(state_dtype(z))
     tolerance = 10 * float(jnp.finfo(dtype).eps)
     reference = ImplicitAdjoint(GMRES(tolerance, 0.0, restart=50, max_steps=1000))

@@ -68,7 +68,12 @@ def solve_cell(
         return evaluate_cell(cell, z, x, key, state)
 
     args = (cell, x, key, state)
-    jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
+    try:
+        jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
+    except (TypeError, ValueError) as error:
+        shapes = jtu.tree_map(jnp.shape, z0)
+        error.add_note(f"`cell` was given a state of shape {shapes}. {remedy}")
+        raise
     image, _ = eqx.combine(*output)
     check_same_structure("cell", image, z0, remedy)
     check_uncoupled(jaxpr.jaxpr)
