@@ -204,7 +204,7 @@ def run(config: Config) -> dict[str, Any]:
     config = dataclasses.replace(
         config,
         networks=options.given(config.networks, SMALL if config.small else ALL),
-        epochs=options.given(config.epochs, 16 if config.small else 100),
+        epochs=options.given(config.epochs, 14 if config.small else 100),
         batch_size=options.given(config.batch_size, 25 if config.small else 125),
     )
     assert config.networks is not None and config.epochs is not None
