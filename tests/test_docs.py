@@ -65,7 +65,8 @@ def test_entries_of_classes_list_their_members():
 def test_snippets_print_what_the_page_says(page, capsys):
     namespace = {"__name__": "snippet"}
     for code, printed in _snippet.findall((_docs / page).read_text(encoding="utf-8")):
-        with jax.numpy_dtype_promotion("standard"):  # as readers have it
+        standard = jax.numpy_dtype_promotion("standard")  # as readers have it
+        with standard, jax.numpy_rank_promotion("allow"):
             exec(compile(code, page, "exec"), namespace)
         assert capsys.readouterr().out == printed
 
