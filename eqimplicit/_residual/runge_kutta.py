@@ -238,7 +238,9 @@ RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**
 - `step_size`: $h$, in the units of `t`. A Python float, or a scalar array, which is
     differentiated.
 - `solver`, `adjoint`, `max_steps`, `throw`: as for [`eqimplicit.ThetaLayer`][], for the
-    slopes.
+    slopes. (Those of a stiff field are large, and so is their rounding: in float32 a
+    rare step may read as not found for that alone. A `solver` with a larger `atol`
+    accepts it.)
 
 **Raises:** a `TypeError` for arguments of the wrong kind, a `ValueError` if `step_size`
 is not positive, if tableaux differ in their number of stages, or if `max_steps` is
