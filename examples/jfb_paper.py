@@ -106,7 +106,7 @@ class Setting:
     max_steps: int
     epochs: int
     small: dict[str, int]
-    paper: "Reported"
+    paper: Reported
     code: dict[str, str]
     # Of the state, and the bound of each kernel's norm with which the cell is a
     # contraction without normalisation.

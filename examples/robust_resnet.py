@@ -346,7 +346,8 @@ def report(content: dict[str, Any]) -> None:
 
 def draw(config: Config, content: dict[str, Any]) -> None:
     figure, axes = figures.grid(2, 2, width=4, height=3.3)
-    for (network, one), colour in zip(content["results"].items(), figures.COLOURS):
+    colours = itertools.cycle(figures.COLOURS)
+    for (network, one), colour in zip(content["results"].items(), colours):
         name = network if network == SKIP else f"theta = {network}"
         style = "s--" if network == SKIP else "o-"
         for axis, (kind, part) in zip(axes.ravel(), itertools.product(KINDS, PARTS)):
