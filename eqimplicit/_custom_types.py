@@ -11,3 +11,5 @@ History = TypeVar("History")
 Norm: TypeAlias = Callable[[PyTree[Array]], Float[Array, ""]]
 Vector: TypeAlias = Float[Array, " size"]
 LinearMap: TypeAlias = Callable[[PyTree[Any]], PyTree[Any]]
+# Absolute tolerances: one number, or a pytree with one for each leaf or each unknown.
+Tolerances: TypeAlias = float | PyTree[Float[Array, "..."]]

@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from ._custom_types import Vector
 
@@ -17,7 +17,7 @@ from ._custom_types import Vector
 def state_dtype(tree: PyTree[Any], remedy: str = "") -> jnp.dtype:
     """The one floating dtype that all leaves of a state share."""
     leaves = jtu.tree_leaves_with_path(tree)
-    if sum(math.prod(leaf.shape) for _, leaf in leaves) == 0:
+    if num_unknowns(tree) == 0:
         raise ValueError("The state of a fixed-point problem must not be empty.")
     _, first = leaves[0]
     for path, leaf in leaves:
@@ -35,6 +35,21 @@ def state_dtype(tree: PyTree[Any], remedy: str = "") -> jnp.dtype:
                 f"leaf has {first.dtype}. Cast them to one dtype."
             )
     return first.dtype
+
+
+def num_unknowns(tree: PyTree[Any]) -> Any:
+    """The number of entries of a state, which is symbolic if its shape is."""
+    return sum(math.prod(leaf.shape) for leaf in jtu.tree_leaves(tree))
+
+
+def at_most(bound: int, size: Any) -> int:
+    """The smaller of the two; a symbolic size counts as large."""
+    return min(bound, size) if isinstance(size, int) else bound
+
+
+def as_state(tree: PyTree[Any]) -> PyTree[Array]:
+    """With arrays in place of Python numbers, of which integers are no states."""
+    return jtu.tree_map(jnp.asarray, tree)
 
 
 def inexact(x: Any) -> Array:
@@ -85,9 +100,38 @@ def safe_sqrt(x: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
+@jax.custom_batching.custom_vmap
+def shared_max(x: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest of a batch of numbers, none below zero, as one number that is not
+    batched, so that what is indexed with it is neither gathered nor scattered.
+    """
+    return x
+
+
+@shared_max.def_vmap
+def _shared_max_of_batch(axis_size, in_batched, x):
+    del axis_size, in_batched
+    return shared_max(jnp.max(x, axis=0, initial=0)), False
+
+
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]
     return jnp.all(jnp.stack(leaves))
+
+
+def where(condition: Bool[Array, ""], a: PyTree[Array], b: PyTree[Array]):
+    """`jax.numpy.where` on two pytrees of the same structure."""
+    return jtu.tree_map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def broadcast_prefix(prefix: PyTree[Any], tree: PyTree[Any]) -> PyTree[Any]:
+    """A pytree of the structure of `tree`, given some first levels of it."""
+    return jtu.tree_map(
+        lambda x, sub: jtu.tree_map(lambda _: x, sub),
+        prefix,
+        tree,
+        is_leaf=lambda x: hasattr(x, "__jax_array__"),
+    )
 
 
 def clone(tree: PyTree[Any]) -> PyTree[Any]:
@@ -121,9 +165,13 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
+    """`atol` may be a pytree of arrays, one for each unknown."""
     check_not_negative("rtol", rtol)
-    check_not_negative("atol", atol)
-    if all(_is_concrete(tol) and np.any(np.asarray(tol) == 0) for tol in (rtol, atol)):
+    scales = jtu.tree_leaves(atol)
+    for scale in scales:
+        check_not_negative("atol", scale)
+    has_zero = lambda x: _is_concrete(x) and np.any(np.asarray(x) == 0)
+    if has_zero(rtol) and any(has_zero(scale) for scale in scales):
         raise ValueError(
             "`rtol` and `atol` must not both be zero: no solve could finish. Set at "
             "least one, e.g. `rtol=1e-4`."

@@ -9,6 +9,8 @@ import pytest
 
 import eqimplicit as eqi
 
+from .helpers import orthogonal
+
 
 TIGHT = 1e-12
 
@@ -120,11 +122,12 @@ def neumann_count(matrix, vector, rtol):
 
 def gmres_count(matrix, vector, rtol, restart=None):
     """Products until the residual is small enough, by dense least squares over the
-    Krylov spaces."""
+    Krylov spaces, and one for each of these that measures its residual."""
     matrix, residual = np.asarray(matrix), np.asarray(vector)
     goal, count = rtol * np.linalg.norm(residual), 0
     while True:
         basis = np.zeros((len(residual), 0))
+        count += 1
         start = direction = residual
         for _ in range(restart or len(residual)):
             direction = direction - basis @ (basis.T @ direction)
@@ -372,7 +375,7 @@ def test_gmres_stops_inside_a_cycle():
     b = jr.normal(jr.key(7), (8,))
     x, success, stats = solve(gmres(1e-10), matrix, b)
     assert success
-    assert stats["num_products"] == 3
+    assert stats["num_products"] == 3 + 1
     assert relative_error(x, jnp.linalg.solve(matrix, b)) < 1e-12
 
 
@@ -392,9 +395,9 @@ def test_gmres_honours_its_absolute_tolerance_and_its_limit():
     assert success
     assert stats["num_products"] == 0
     assert jnp.all(x == 0)
-    x, success, stats = solve(eqi.GMRES(1e-12, 0.0, max_steps=3), matrix, b)
+    x, success, stats = solve(eqi.GMRES(1e-12, 0.0, max_steps=4), matrix, b)
     assert not success
-    assert stats["num_products"] == 3
+    assert stats["num_products"] == 4
     residual = jnp.linalg.norm(b - matrix @ x)
     assert jnp.allclose(stats["residual"], residual, rtol=1e-10)
     # The best of its Krylov space.
@@ -477,9 +480,12 @@ def test_neumann_krylov_is_neumann_on_a_contraction(norm):
     assert success
     count = neumann_count(matrix, b, 1e-7)
     assert stats["num_products"] == count
-    # The image of the last residual is known, so it is part of the sum.
-    assert jnp.allclose(x, neumann_sum(matrix, b, count + 1), rtol=1e-12)
+    # The residual is known, but the sum with it would not have been measured.
+    assert jnp.allclose(x, neumann_sum(matrix, b, count), rtol=1e-12)
     assert relative_residual(matrix, x, b) <= 1e-7
+    # One term less misses the tolerance, unless that has none.
+    fewer = neumann_sum(matrix, b, max(count - 1, 1))
+    assert count == 1 or relative_residual(matrix, fewer, b) > 1e-7
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -520,7 +526,74 @@ def test_neumann_krylov_survives_overflow_before_it_gives_up():
     assert relative_error(x, jnp.linalg.solve(matrix, b)) < 1e-4
 
 
+@pytest.mark.parametrize("condition", (1e4, 1e5, 1e6))
+@pytest.mark.parametrize("size", (8, 50))
+@pytest.mark.parametrize("name", ["GMRES", "NeumannKrylov"])
+def test_success_is_measured_on_ill_conditioned_systems(name, size, condition):
+    """In single precision, where recurrences promise residuals that are not there."""
+    values = jnp.logspace(0, -jnp.log10(condition), size)
+    keys = jr.split(jr.key(21), 10)
+
+    def system(key):
+        left, right = orthogonal(key, size), orthogonal(jr.fold_in(key, 1), size)
+        return left @ jnp.diag(values) @ right, jr.normal(key, (size,))
+
+    matrices, bs = (x.astype(jnp.float32) for x in jax.vmap(system)(keys))
+    solver = KRYLOV[name](1e-6)
+    x, success, num_products = solve_batch(solver, matrices, bs)
+    matrices, x, bs = (a.astype(jnp.float64) for a in (matrices, x, bs))
+    residuals = jax.vmap(relative_residual)(matrices, x, bs)
+    # Up to the rounding of the residual that is measured.
+    sizes = jnp.linalg.norm(x, axis=1) / jnp.linalg.norm(bs, axis=1)
+    rounding = float(jnp.finfo(jnp.float32).eps) * sizes
+    assert jnp.all(~success | (residuals <= 1e-6 + rounding))
+    # A hopeless solve gives up, and keeps the best that it found.
+    assert jnp.all(num_products < 200)
+    assert jnp.all(residuals < 1)
+
+
+def test_an_exact_gradient_that_is_not_there_raises_on_demand():
+    values = jnp.logspace(0, -6, 8)
+    matrix = orthogonal(jr.key(22), 8) @ jnp.diag(values) @ orthogonal(jr.key(23), 8)
+    matrix = matrix.astype(jnp.float32)
+    adjoint = eqi.ImplicitAdjoint(throw=True)
+    root_finder = eqi.RootAsFixedPoint(optx.Newton(1e-3, 1e-3))
+
+    def loss(x):
+        fn = lambda z, x: z - matrix @ z + x
+        z0 = jnp.zeros(8, jnp.float32)
+        return jnp.sum(
+            optx.fixed_point(fn, root_finder, z0, x, adjoint=adjoint, throw=False).value
+        )
+
+    with pytest.raises(Exception, match="breakdown|maximum number"):
+        jax.block_until_ready(jax.grad(loss)(matrix @ jnp.ones(8, jnp.float32)))
+
+
+def test_neumann_krylov_returns_what_it_has_measured():
+    """Badly scaled: the residual falls at first, and the next one is far larger."""
+    jacobian = jnp.zeros((3, 3)).at[1, 0].set(1e-8).at[2, 1].set(1e8)
+    b = jnp.array([1.0, 0.0, 0.0])
+    solver = eqi.NeumannKrylov(1e-6, 0.0, eqi.GMRES(1e-6, 0.0))
+    x, success, _ = solve(solver, jnp.eye(3) - jacobian, b)
+    assert success
+    assert relative_residual(jnp.eye(3) - jacobian, x, b) <= 1e-6
+
+
 # FixedPointLinearSolver
+
+
+@pytest.mark.parametrize("size", (100, 10_000))
+@pytest.mark.parametrize("inner", (eqi.Picard, eqi.Anderson))
+def test_a_tolerance_means_the_same_for_any_number_of_unknowns(inner, size):
+    gains = jnp.linspace(-0.5, 0.5, size)
+    operator = lx.DiagonalLinearOperator(1 - gains)
+    b = jr.normal(jr.key(24), (size,))
+    solver = eqi.FixedPointLinearSolver(inner(0.0, 1e-6))
+    sol = lx.linear_solve(operator, b, solver, throw=False)
+    assert sol.result == lx.RESULTS.successful
+    residual = b - (1 - gains) * sol.value
+    assert jnp.linalg.norm(residual) <= 1e-6 * jnp.linalg.norm(b)
 
 
 def test_picard_is_neumann_to_a_tolerance():

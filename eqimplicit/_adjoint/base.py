@@ -15,7 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._custom_types import LinearMap
-from .._misc import all_finite, stop_gradient
+from .._misc import all_finite, ravel, stop_gradient
 
 
 while_loop = ft.partial(eqxi.while_loop, kind="lax")
@@ -220,6 +220,9 @@ class LinearSolve(eqx.Module):
 
     (A differentiated `lineax.linear_solve` always raises on failure, by means of a host
     callback.)
+
+    The leaves are solved for as one vector: JAX does not transpose a solve of whose
+    right-hand side only some leaves depend on what is differentiated.
     """
 
     solver: lx.AbstractLinearSolver
@@ -227,12 +230,14 @@ class LinearSolve(eqx.Module):
     throw: bool
 
     def __call__(self, operator: LinearMap, vector: PyTree[Array]) -> PyTree[Array]:
-        return lax.custom_linear_solve(
-            operator,
-            vector,
+        flat, unravel = ravel(vector)
+        solution = lax.custom_linear_solve(
+            lambda v: ravel(operator(unravel(v)))[0],
+            flat,
             solve=ft.partial(self._solve, self.tags),
             transpose_solve=ft.partial(self._solve, lx.transpose_tags(self.tags)),
         )
+        return unravel(solution)
 
     def _solve(self, tags, matvec, vector):
         structure = jax.eval_shape(lambda: vector)
@@ -241,8 +246,7 @@ class LinearSolve(eqx.Module):
         state = solver.init(operator, {})
         solution, result, _ = solver.compute(state, vector, {})
         # A masked loss has zero cotangents, on which some solvers divide zero by zero.
-        zeros = [jnp.all(leaf == 0) for leaf in jtu.tree_leaves(vector)]
-        is_zero = jnp.all(jnp.stack(zeros))
+        is_zero = jnp.all(vector == 0)
         if self.throw:
             # Direct solvers do not look at what they return.
             result = lx.RESULTS.where(
@@ -250,7 +254,7 @@ class LinearSolve(eqx.Module):
             )
             failed = (result != lx.RESULTS.successful) & ~is_zero
             solution = result.error_if(solution, failed)
-        return jtu.tree_map(lambda x: jnp.where(is_zero, 0, x), solution)
+        return jnp.where(is_zero, 0, solution)
 
 
 def negate_tags(tags: frozenset[object]) -> frozenset[object]:

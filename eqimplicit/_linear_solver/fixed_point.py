@@ -7,7 +7,7 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._misc import check_positive_int, two_norm
+from .._misc import check_positive_int, num_unknowns, two_norm
 from .base import AbstractMatrixFreeSolver
 
 
@@ -19,8 +19,10 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     layer, solved as its forward equation was. [`eqimplicit.Picard`][] gives a Neumann
     series to a tolerance, [`eqimplicit.Anderson`][] a method close to GMRES.
 
-    The right-hand side is scaled to unit size first, so that the solver's tolerances
-    are relative to it.
+    The right-hand side is scaled first, so that the mean of its squared entries is one,
+    and the solver's tolerances are relative to it: in its norm, if that is the largest
+    entry or the root mean square, what it finds has a residual of at most
+    $\text{atol} \|b\|_2 + \text{rtol} \|x\|_2$, whatever the number of unknowns.
 
     Costs one product with $A$ for each evaluation by the solver, counted by
     `num_products` if the solver counts them.
@@ -43,8 +45,8 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         def fn(x, b):
             return jtu.tree_map(lambda bi, xi, axi: bi + xi - axi, b, x, operator.mv(x))
 
-        # Cotangents may be tiny: the solver's tolerances are for a vector of unit size.
-        size = two_norm(vector)
+        # Cotangents may be tiny: the solver's tolerances are for entries of unit size.
+        size = two_norm(vector) / num_unknowns(vector) ** 0.5
         size = jnp.where(size > 0, size, 1)
         vector = jtu.tree_map(lambda b: b / size.astype(b.dtype), vector)
         sol = optx.fixed_point(

@@ -1,45 +1,43 @@
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.scipy as jsp
-import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._custom_types import Vector
 from .._misc import (
     accumulation_dtype,
+    at_most,
     check_positive_int,
     check_tolerances,
     dot,
     ravel,
+    shared_max,
     two_norm,
+    where,
 )
 from .base import AbstractMatrixFreeSolver, result_of, tolerance_for
 
 
-class _Cycle(eqx.Module):
-    """The Arnoldi process: `basis` has orthonormal rows, and `rotation` turns the
-    Hessenberg matrix of the operator in this basis into `triangle`. There are `restart`
-    columns, and one more row.
+class _State(eqx.Module):
+    """The Arnoldi process of one cycle: `basis` has orthonormal rows, and `rotation`
+    turns the Hessenberg matrix of the operator in this basis into a triangle, of which
+    `inverse` is the inverse. It has as many columns as there have been products, less
+    one, since the first product measures the residual of the solution.
+
+    `residual` is that of the cycle, and that of `solution` before its first column.
     """
 
+    solution: Vector
+    previous_solution: Vector
+    previous_residual: Float[Array, ""]
     basis: Float[Array, "rows size"]
     rotation: Float[Array, "rows rows"]
-    triangle: Float[Array, "rows columns"]
+    inverse: Float[Array, "columns columns"]
     rotated: Float[Array, " rows"]
-    num_columns: Int[Array, ""]
-    residual: Float[Array, ""]
-    num_products: Int[Array, ""]
-    broken_down: Bool[Array, ""]
-
-
-class _Progress(eqx.Module):
-    solution: Vector
-    residual_vector: Vector
+    num_in_cycle: Int[Array, ""]
     residual: Float[Array, ""]
     num_products: Int[Array, ""]
     broken_down: Bool[Array, ""]
@@ -50,18 +48,19 @@ class GMRES(AbstractMatrixFreeSolver):
 
     Minimises $\|b - A x\|_2$ over a growing Krylov space. Stops as soon as the residual
     meets the tolerance, $\|b - A x\|_2 \le \text{atol} + \text{rtol} \|b\|_2$, also in
-    the middle of a cycle, and needs no further product to confirm it or to restart.
-    (The residual is that of the recurrence, which can be below the true one by some
-    multiple of the precision of the numbers. A smaller `rtol` than four times that
-    precision is taken as four times it.)
+    the middle of a cycle. The residual of the recurrence may be far below the true one,
+    so that one more product measures that of the solution: if it is too large, another
+    cycle starts from it, until one that hardly helps. (A smaller `rtol` than four times
+    the precision of the numbers is taken as four times it.)
 
     For systems that are not symmetric, in particular backward solves of maps that are
     not contractive. Where the map contracts well, the Neumann iteration of
     [`eqimplicit.NeumannKrylov`][] is cheaper, since it keeps no basis.
 
     Costs a product and four readings of the basis (its Gram-Schmidt process is repeated
-    once, which keeps the basis orthogonal) a step; `num_products` in the stats is the
-    number of products with $A$. Memory for `restart + 1` vectors.
+    once, which keeps the basis orthogonal) a step, and a product a cycle to measure the
+    residual; `num_products` in the stats is the number of products with $A$. Memory for
+    `restart + 4` vectors.
 
     ??? cite "References"
 
@@ -101,67 +100,108 @@ class GMRES(AbstractMatrixFreeSolver):
 
         size = two_norm(b)
         tolerance = tolerance_for(self.rtol, self.atol, size, b.dtype)
+        restart = at_most(self.restart, b.size)
+        target = b.astype(dtype)
 
-        def unfinished(state: _Progress | _Cycle) -> Bool[Array, ""]:
-            in_time = state.num_products < self.max_steps
-            return (state.residual > tolerance) & in_time & ~state.broken_down
+        def can_extend(state: _State) -> Bool[Array, ""]:
+            room = state.num_in_cycle <= restart
+            # One is kept for the residual.
+            in_time = state.num_products + 1 < self.max_steps
+            unfinished = (state.residual > tolerance) & ~state.broken_down
+            return (state.num_in_cycle == 0) | (unfinished & room & in_time)
 
-        def extend(cycle: _Cycle) -> _Cycle:
-            return _extend(product, cycle)
+        def extend(state: _State) -> _State:
+            # Whichever examples of a batch still run are at the same product; the index
+            # must not be batched, or each access would be a gather or a scatter.
+            index = shared_max(jnp.where(can_extend(state), state.num_in_cycle, 0))
+            previous = jnp.maximum(index - 1, 0)
+            v = jnp.where(index == 0, state.solution, state.basis[previous])
+            image = product(v)
+            column, w = lax.cond(
+                index == 0,
+                lambda: (jnp.zeros(restart + 1, dtype), target - image),
+                lambda: _orthogonalise(state.basis, previous, image),
+            )
+            size = two_norm(w)
+            row = w / jnp.where(size == 0, 1, size)
+            state = where(
+                index == 0,
+                _restart(state, size),
+                _extend(state, previous, column.at[index].set(size)),
+            )
+            basis = state.basis.at[index].set(row)
+            return eqx.tree_at(lambda s: s.basis, state, basis)
 
-        def can_extend(cycle: _Cycle) -> Bool[Array, ""]:
-            return unfinished(cycle) & (cycle.num_columns < restart)
+        def run_cycle(state: _State) -> _State:
+            state = lax.while_loop(can_extend, extend, state)
+            return _finish(state)
 
-        def run_cycle(progress: _Progress) -> _Progress:
-            cycle = lax.while_loop(can_extend, extend, _start(progress, restart))
-            return _finish(progress, cycle)
-
-        restart = min(self.restart, b.size)
-        progress = _Progress(
-            solution=0 * b.astype(dtype),  # so that a NaN stays one
-            residual_vector=b.astype(dtype),
-            residual=size,
-            num_products=jnp.array(0),
-            broken_down=jnp.array(False),
-        )
-        progress = lax.while_loop(unfinished, run_cycle, progress)
-        converged = jnp.isfinite(size) & (progress.residual <= tolerance)
-        result = result_of(converged, progress.broken_down, vector)
-        stats = {
-            "num_products": progress.num_products,
-            "residual": progress.residual,
-        }
-        return unravel(progress.solution.astype(b.dtype)), result, stats
+        state = _start(target, size, restart)
+        # A cycle without a column has only measured.
+        is_open = lambda state: (state.num_in_cycle == 0) | can_extend(state)
+        state = lax.while_loop(is_open, run_cycle, state)
+        converged = jnp.isfinite(size) & (state.residual <= tolerance)
+        result = result_of(converged, state.broken_down, vector)
+        stats = {"num_products": state.num_products, "residual": state.residual}
+        return unravel(state.solution.astype(b.dtype)), result, stats
 
 
-def _start(progress: _Progress, restart: int) -> _Cycle:
-    r = progress.residual_vector
-    basis = jnp.zeros((restart + 1, r.size), r.dtype)
-    return _Cycle(
-        basis=basis.at[0].set(r / progress.residual),
-        rotation=jnp.eye(restart + 1, dtype=r.dtype),
-        triangle=jnp.zeros((restart + 1, restart), r.dtype),
-        rotated=jnp.zeros(restart + 1, r.dtype).at[0].set(progress.residual),
-        num_columns=jnp.array(0),
-        residual=progress.residual,
-        num_products=progress.num_products,
-        broken_down=progress.broken_down,
+def _start(b: Vector, size: Float[Array, ""], restart: int) -> _State:
+    zeros = lambda *shape: jnp.zeros(shape, b.dtype)
+    # Zero times, so that a NaN stays one.
+    return _State(
+        solution=0 * b,
+        previous_solution=0 * b,
+        previous_residual=size,
+        basis=zeros(restart + 1, b.size).at[0].set(b / jnp.where(size == 0, 1, size)),
+        rotation=jnp.eye(restart + 1, dtype=b.dtype),
+        inverse=zeros(restart, restart),
+        rotated=zeros(restart + 1).at[0].set(size),
+        num_in_cycle=jnp.array(1),
+        residual=size,
+        num_products=jnp.array(0),
+        broken_down=jnp.array(False),
     )
 
 
-def _extend(product, cycle: _Cycle) -> _Cycle:
-    # Whichever examples of a batch still run are at the same column; the indices must
-    # not be batched, or each access would be a gather or a scatter.
-    j = eqxi.unvmap_max(cycle.num_columns)
-    w = product(cycle.basis[j])
-    column = dot(cycle.basis, w)
-    w = w - dot(column, cycle.basis)
-    again = dot(cycle.basis, w)
-    w = w - dot(again, cycle.basis)
-    size = two_norm(w)
-    column = (column + again).at[j + 1].set(size)
+def _orthogonalise(
+    basis: Float[Array, "rows size"], last: Int[Array, ""], w: Vector
+) -> tuple[Float[Array, " rows"], Vector]:
+    """Against the rows up to the last; what follows is left from another cycle."""
+    in_use = jnp.arange(len(basis)) <= last
+    column = jnp.where(in_use, dot(basis, w), 0)
+    w = w - dot(column, basis)
+    again = jnp.where(in_use, dot(basis, w), 0)
+    return column + again, w - dot(again, basis)
 
-    rotated_column = dot(cycle.rotation, column)
+
+def _restart(state: _State, residual: Float[Array, ""]) -> _State:
+    """Begins a cycle at the solution, given its residual; or ends the solve with the
+    one before, if that was as good.
+    """
+    # Not the other way round: NaN is no reason to go back.
+    worse = residual >= state.previous_residual
+    solution = jnp.where(worse, state.previous_solution, state.solution)
+    stagnates = ~(residual < 0.99 * state.previous_residual)
+    residual = jnp.where(worse, state.previous_residual, residual)
+    return _State(
+        solution=solution,
+        previous_solution=solution,
+        previous_residual=residual,
+        basis=state.basis,
+        rotation=jnp.eye(len(state.rotation), dtype=state.rotation.dtype),
+        inverse=jnp.zeros_like(state.inverse),
+        rotated=jnp.zeros_like(state.rotated).at[0].set(residual),
+        num_in_cycle=jnp.array(1),
+        residual=residual,
+        num_products=state.num_products + 1,
+        broken_down=state.broken_down | stagnates,
+    )
+
+
+def _extend(state: _State, j: Int[Array, ""], column: Float[Array, " rows"]) -> _State:
+    """Adds the column that the `j`-th vector of the basis has given."""
+    rotated_column = dot(state.rotation, column)
     a, b = rotated_column[j], rotated_column[j + 1]
     diagonal = jnp.hypot(a, b)
     # The Krylov space is exhausted, and the operator singular on it. Leave the column
@@ -175,49 +215,34 @@ def _extend(product, cycle: _Cycle) -> _Cycle:
         first, second = x[j], x[j + 1]
         return x.at[j].set(c * first + s * second).at[j + 1].set(c * second - s * first)
 
-    rotated = rotate(cycle.rotated)
-    return _Cycle(
-        basis=cycle.basis.at[j + 1].set(w / jnp.where(size == 0, 1, size)),
-        rotation=rotate(cycle.rotation),
-        triangle=cycle.triangle.at[:, j].set(
-            jnp.where(singular, 0, rotate(rotated_column))
-        ),
+    rotated = rotate(state.rotated)
+    last = -dot(state.inverse, rotated_column[:-1]).at[j].set(-1) / safe
+    return _State(
+        solution=state.solution,
+        previous_solution=state.previous_solution,
+        previous_residual=state.previous_residual,
+        basis=state.basis,
+        rotation=rotate(state.rotation),
+        inverse=state.inverse.at[:, j].set(jnp.where(singular, 0, last)),
         rotated=rotated,
-        num_columns=cycle.num_columns + 1,
+        num_in_cycle=state.num_in_cycle + 1,
         residual=jnp.abs(rotated[j + 1]),
-        num_products=cycle.num_products + 1,
-        broken_down=singular,
+        num_products=state.num_products + 1,
+        broken_down=state.broken_down | singular,
     )
 
 
-def _finish(progress: _Progress, cycle: _Cycle) -> _Progress:
-    restart = cycle.triangle.shape[1]
-    used = jnp.arange(restart) < cycle.num_columns
-    triangle = cycle.triangle[:-1]
-    used = used & (jnp.diagonal(triangle) != 0)
-    identity = jnp.eye(restart, dtype=triangle.dtype)
-    triangle = jnp.where(jnp.outer(used, used), triangle, identity)
-    weights = jnp.where(used, cycle.rotated[:-1], 0)
-    weights = jsp.linalg.solve_triangular(triangle, weights)
-    last = jnp.arange(restart + 1) == cycle.num_columns
-    residual_weights = jnp.where(last, cycle.rotated, 0) @ cycle.rotation
-    # Singular up to rounding, which in so large a step is as large as the residual.
-    eps = jnp.finfo(triangle.dtype).eps
-    step_size = two_norm(cycle.triangle) * two_norm(weights)
-    lost = 10 * eps * step_size > progress.residual
-    new = _Progress(
-        solution=progress.solution + dot(weights, cycle.basis[:-1]),
-        residual_vector=dot(residual_weights, cycle.basis),
-        residual=cycle.residual,
-        num_products=cycle.num_products,
-        broken_down=cycle.broken_down,
+def _finish(state: _State) -> _State:
+    """Adds what a cycle has found; its residual remains to be measured."""
+    used = jnp.arange(len(state.inverse)) < state.num_in_cycle - 1
+    weights = dot(state.inverse, jnp.where(used, state.rotated[:-1], 0))
+    step = dot(weights, state.basis[:-1])
+    has_columns = state.num_in_cycle > 1
+    solution = jnp.where(has_columns, state.solution + step, state.solution)
+    num_in_cycle = jnp.where(has_columns, 0, state.num_in_cycle)
+    return eqx.tree_at(
+        lambda s: (s.solution, s.num_in_cycle), state, (solution, num_in_cycle)
     )
-    old = eqx.tree_at(
-        lambda p: (p.num_products, p.broken_down),
-        progress,
-        (cycle.num_products, jnp.array(True)),
-    )
-    return jtu.tree_map(lambda a, b: jnp.where(lost, a, b), old, new)
 
 
 GMRES.__init__.__doc__ = """**Arguments:**

@@ -20,6 +20,8 @@ from .base import AbstractMatrixFreeSolver, tolerance_for
 
 
 class _State(eqx.Module):
+    """A solution with its residual."""
+
     solution: PyTree[Array]
     residual_vector: PyTree[Array]
     residual: Float[Array, ""]
@@ -29,7 +31,7 @@ class _State(eqx.Module):
 class NeumannKrylov(AbstractMatrixFreeSolver):
     r"""Neumann iteration where it contracts, and another solver where it does not.
 
-    Iterates $r \leftarrow r - A r$, $x \leftarrow x + r$ from $r = b$, $x = 0$, while
+    Iterates $x \leftarrow x + r$, $r \leftarrow b - A x$ from $x = 0$, $r = b$, while
     the residual $\|r\|_2$ shrinks on average by the factor `rate` or better at each
     product, until it meets $\text{atol} + \text{rtol} \|b\|_2$. Keeping no basis, it is
     the cheapest method that there is for $A = I - J$ with a contractive $J$. As soon as
@@ -74,18 +76,18 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
             return (state.residual > tolerance) & contracts
 
         def step(state: _State) -> _State:
-            r = state.residual_vector
-            new_r = (r**ω - operator.mv(r) ** ω).ω
+            solution = (state.solution**ω + state.residual_vector**ω).ω
+            # Measured, not reduced by recurrence: rounding would go unnoticed.
+            residual_vector = (vector**ω - operator.mv(solution) ** ω).ω
             return _State(
-                solution=(state.solution**ω + new_r**ω).ω,
-                residual_vector=new_r,
-                residual=two_norm(new_r),
+                solution=solution,
+                residual_vector=residual_vector,
+                residual=two_norm(residual_vector),
                 num_products=state.num_products + 1,
             )
 
-        # `solution` runs one product ahead of the residual that is known for sure.
-        state = _State(vector, vector, size, jnp.array(0))
-        state = lax.while_loop(go_on, step, state)
+        zero = (0 * vector**ω).ω
+        state = lax.while_loop(go_on, step, _State(zero, vector, size, jnp.array(0)))
         converged = jnp.isfinite(size) & (state.residual <= tolerance)
 
         remaining = jtu.tree_map(lambda x: jnp.where(converged, 0, x), vector)

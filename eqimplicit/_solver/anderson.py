@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
-from .._custom_types import Aux, Norm, Vector, Y
+from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import check_not_negative
 from .base import AbstractSecantIteration
 
@@ -45,7 +45,7 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
     """
 
     rtol: float | Float[Array, ""]
-    atol: float | Float[Array, ""]
+    atol: Tolerances
     norm: Norm = optx.max_norm
     history_size: int = eqx.field(default=5, static=True)
     damping: float | Float[Array, ""] = 1.0
@@ -73,8 +73,11 @@ class Anderson(AbstractSecantIteration[Y, Aux]):
 Anderson.__init__.__doc__ = """**Arguments:**
 
 - `rtol`: relative tolerance, of `f(z) - z` against `f(z)`. A Python float, or a scalar
-    array (which changes without recompilation).
-- `atol`: absolute tolerance, likewise. Not both may be zero.
+    array (which changes without recompilation). Below four roundings of `f(z)` it is
+    taken as these.
+- `atol`: absolute tolerance, likewise; or a pytree of them like the state, or of arrays
+    like its leaves: a scale for each unknown. Not both may be zero. (With a Python
+    float and `rtol=0` it is taken as it is, also below rounding.)
 - `norm`: the norm of the error; any function from a pytree to a scalar.
 - `history_size`: the number of earlier steps to extrapolate from.
 - `damping`: the weight of the new iterate, positive; 1 is undamped.

@@ -1,4 +1,5 @@
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -7,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Aux, Norm, Y
-from .._misc import two_norm
+from .._misc import state_dtype, two_norm, where
 from .base import init_measurement, measure, Measurement
 
 
 class _InnerState(eqx.Module, Generic[Y]):
     iterate: Y
     measurement: Measurement
+    # The length of the last step over its tolerance.
+    step_error: Float[Array, ""]
     inner_state: PyTree[Any]
 
 
@@ -40,6 +43,18 @@ class _SquaredNorm(eqx.Module):
         return two_norm(residual) ** 2, aux
 
 
+class _Step(eqx.Module, Generic[Y]):
+    """From `start` to `end`, with the lengths of it and of the one before over their
+    tolerance; `found` says whether the inner solver has succeeded in finding it.
+    """
+
+    start: Y
+    end: Y
+    error: Float[Array, ""]
+    previous_error: Float[Array, ""]
+    found: Bool[Array, ""]
+
+
 class _AbstractAsFixedPoint(
     optx.AbstractFixedPointSolver[Y, Aux, _InnerState[Y]], Generic[Y, Aux]
 ):
@@ -61,11 +76,11 @@ class _AbstractAsFixedPoint(
         """`f` and its auxiliary output at `y`, the next iterate and the inner state."""
 
     @abc.abstractmethod
-    def measure(
-        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
-    ) -> Measurement:
-        """Of `y`, with its image under `f`, the iterate that follows it, and whether
-        the inner solver has succeeded in finding that.
+    def judge(
+        self, measurement: Measurement, step: _Step[Y]
+    ) -> tuple[Measurement, Y]:
+        """What to make of the residual and the step that the inner solver takes, and
+        the solution if that has converged.
         """
 
     @property
@@ -78,7 +93,9 @@ class _AbstractAsFixedPoint(
 
     @property
     def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.inner.norm
+        # That of a class, as `optimistix.Bisection` has, would be bound as a method.
+        of_class = inspect.getattr_static(type(self.inner), "norm", None)
+        return vars(self.inner).get("norm", of_class)
 
     def init(
         self,
@@ -95,7 +112,10 @@ class _AbstractAsFixedPoint(
         inner_state = self.inner.init(
             objective, y, args, options, f_struct, aux_struct, tags
         )
-        return _InnerState(y, init_measurement(y), inner_state)
+        measurement = init_measurement(y)
+        # Before the first step nothing has moved.
+        nothing = jnp.zeros_like(measurement.error)
+        return _InnerState(y, measurement, nothing, inner_state)
 
     def step(
         self,
@@ -112,9 +132,17 @@ class _AbstractAsFixedPoint(
         _, inner_result = self.inner.terminate(
             self.objective(fn), new_y, args, options, inner_state, tags
         )
-        stepped = inner_result == optx.RESULTS.successful
-        measurement = self.measure(y, image, new_y, stepped)
-        return new_y, _InnerState(y, measurement, inner_state), aux
+        step = _Step(
+            start=y,
+            end=new_y,
+            error=measure(self, y, new_y).error,
+            previous_error=state.step_error,
+            found=inner_result == optx.RESULTS.successful,
+        )
+        measurement, solution = self.judge(measure(self, y, image), step)
+        iterate = where(measurement.converged, solution, y)
+        iterate = where(jnp.isfinite(measurement.residual), iterate, image)
+        return new_y, _InnerState(iterate, measurement, step.error, inner_state), aux
 
     def terminate(
         self,
@@ -166,7 +194,8 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
     On a stiff problem this may ask for too much: rounding alone leaves a residual of
     $\|I - J\|$ roundings, however close the iterate is. There let the step decide as
     well (`judge_step=True`): Newton's step $(I - J)^{-1} g(z)$ is the distance
-    to the solution, to first order.
+    to the solution, to first order. Two successive steps that contract are what counts
+    as evidence, since one may be short far from any solution.
 
     The `options` of the solve go to the root finder as they are.
 
@@ -177,17 +206,28 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
 
     root_finder: optx.AbstractRootFinder
     judge_step: bool = eqx.field(static=True)
+    refine: bool = eqx.field(static=True)
 
     # Explicit, since type checkers would take the properties above for fields.
-    def __init__(self, root_finder: optx.AbstractRootFinder, judge_step: bool = False):
+    def __init__(
+        self,
+        root_finder: optx.AbstractRootFinder,
+        judge_step: bool = False,
+        refine: bool = False,
+    ):
         """**Arguments:**
 
         - `root_finder`: an [`optimistix.AbstractRootFinder`][], for example
             `optimistix.Newton(rtol=1e-6, atol=1e-6)`. Its tolerances and norm are used.
         - `judge_step`: whether an iterate has converged, too, if the step that the root
-            finder takes from it meets the tolerances. For Newton's method, whose step
-            is an estimate of the error; not for methods whose steps may be short far
-            from a solution.
+            finder takes from it meets the tolerances and is at most half as long as
+            the step before (or is lost in rounding). For Newton's method, whose step is
+            an estimate of the error; not for methods whose steps may be short far from
+            a solution.
+        - `refine`: whether to return the iterate that follows the one that has
+            converged, if the step to it meets the tolerances. For Newton's method, for
+            which that iterate is known already, and better by as much as one step makes
+            it; `stats` still describe the one before.
 
         **Raises:** a `TypeError` if `root_finder` is not a root finder.
         """
@@ -198,10 +238,20 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
             )
         self.root_finder = root_finder
         self.judge_step = judge_step
+        self.refine = refine
 
     @property
     def inner(self) -> optx.AbstractRootFinder:
-        return self.root_finder
+        # Optimistix takes one number, for a stopping rule that is not used here.
+        scales = jtu.tree_leaves(self.root_finder.atol)
+        if len(scales) == 1 and jnp.ndim(scales[0]) == 0:
+            return self.root_finder
+        smallest = jnp.min(jnp.stack([jnp.min(x) for x in scales]))
+        return eqx.tree_at(lambda s: s.atol, self.root_finder, smallest)
+
+    @property
+    def atol(self):
+        return self.root_finder.atol
 
     def objective(self, fn: Callable) -> Callable:
         return _Residual(fn)
@@ -209,21 +259,30 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
     def evaluate_and_step(
         self, fn: Callable, y: Y, args: PyTree[Any], *rest: Any
     ) -> tuple[tuple[PyTree[Array], Aux], Y, PyTree[Any]]:
-        new_y, inner_state, image_and_aux = self.root_finder.step(
+        new_y, inner_state, image_and_aux = self.inner.step(
             self.objective(fn), y, args, *rest
         )
         return image_and_aux, new_y, inner_state
 
-    def measure(
-        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
-    ) -> Measurement:
-        measurement = measure(self, y, image)
+    def judge(
+        self, measurement: Measurement, step: _Step[Y]
+    ) -> tuple[Measurement, Y]:
+        short = step.found & (step.error < 1)
+        solution = where(short, step.end, step.start) if self.refine else step.start
         if not self.judge_step:
-            return measurement
-        by_step = measure(self, y, new_y)
-        short = stepped & by_step.converged
-        error = jnp.where(short, by_step.error, measurement.error)
-        return Measurement(error=error, residual=measurement.residual)
+            return measurement, solution
+        # One short step is no proof: on a steep part of `f` every step is short.
+        contracted = step.error <= 0.5 * step.previous_error
+        at_rest = (step.previous_error < 1) & _is_rounding(step)
+        proven = short & (contracted | at_rest)
+        error = jnp.where(proven, step.error, measurement.error)
+        return Measurement(error, measurement.residual), solution
+
+
+def _is_rounding(step: _Step) -> Bool[Array, ""]:
+    eps = float(jnp.finfo(state_dtype(step.end)).eps)
+    moved = two_norm(jtu.tree_map(jnp.subtract, step.end, step.start))
+    return moved <= eps * two_norm(step.end)
 
 
 class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
@@ -290,7 +349,7 @@ class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
         new_y, inner_state, _ = self.minimiser.step(self.objective(fn), y, args, *rest)
         return fn(y, args), new_y, inner_state
 
-    def measure(
-        self, y: Y, image: PyTree[Array], new_y: Y, stepped: Bool[Array, ""]
-    ) -> Measurement:
-        return measure(self, y, image)
+    def judge(
+        self, measurement: Measurement, step: _Step[Y]
+    ) -> tuple[Measurement, Y]:
+        return measurement, step.start

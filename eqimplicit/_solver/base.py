@@ -3,7 +3,6 @@ from collections.abc import Callable
 from typing import Any, Generic
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -12,17 +11,24 @@ import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._custom_types import Aux, History, Norm, Vector, Y
+from .._custom_types import Aux, History, Norm, Tolerances, Vector, Y
 from .._misc import (
     accumulation_dtype,
+    broadcast_prefix,
     check_positive,
     check_positive_int,
     check_tolerances,
     dot,
     ravel,
     safe_sqrt,
+    shared_max,
     state_dtype,
+    where,
 )
+
+
+# An `rtol` below so many roundings of `f(z)` itself is taken as these.
+NUM_ROUNDINGS = 4
 
 
 class Measurement(eqx.Module):
@@ -46,18 +52,21 @@ def measure(
 ) -> Measurement:
     rtol, atol = lax.stop_gradient((solver.rtol, solver.atol))
     dtype = accumulation_dtype(state_dtype(y))
+    roundings = NUM_ROUNDINGS * float(jnp.finfo(state_dtype(y)).eps)
     difference = jtu.tree_map(lambda a, b: a.astype(dtype) - b.astype(dtype), image, y)
     residual = solver.norm(difference)
     if _is_absolute(solver, dtype):
         # All numbers have the same scale: no second pass over them.
         return Measurement(_scale(residual, atol), residual)
 
-    def scaled(difference, image_leaf):
-        size = jnp.abs(image_leaf.astype(dtype))
-        scale = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
-        return _scale(difference, scale)
+    rtol = jnp.maximum(jnp.asarray(rtol, dtype), roundings)
 
-    error = solver.norm(jtu.tree_map(scaled, difference, image))
+    def scaled(difference, image_leaf, atol):
+        size = jnp.abs(image_leaf.astype(dtype))
+        return _scale(difference, jnp.asarray(atol, dtype) + rtol * size)
+
+    scales = broadcast_prefix(atol, image)
+    error = solver.norm(jtu.tree_map(scaled, difference, image, scales))
     return Measurement(error, residual)
 
 
@@ -99,11 +108,12 @@ class AbstractFixedPointIteration(
     `f(z)` and a history of earlier ones, all of them flat vectors.
 
     The solution is the last iterate whose residual was measured, not the proposal that
-    follows it, so that `result`, `stats` and auxiliary outputs describe it.
+    follows it, so that `result`, `stats` and auxiliary outputs describe it. Where that
+    is not finite, it is the image `f(z)`, which is not finite either.
     """
 
     rtol: AbstractVar[float | Float[Array, ""]]
-    atol: AbstractVar[float | Float[Array, ""]]
+    atol: AbstractVar[Tolerances]
     norm: AbstractVar[Norm]
 
     def __check_init__(self):
@@ -161,9 +171,10 @@ class AbstractFixedPointIteration(
         image, aux = fn(y, args)
         z, unravel = ravel(y)
         proposal, history = self.propose(z, ravel(image)[0], state.history)
+        measurement = measure(self, y, image)
         new_state = IterationState(
-            iterate=y,
-            measurement=measure(self, y, image),
+            iterate=where(jnp.isfinite(measurement.residual), y, image),
+            measurement=measurement,
             num_evaluations=state.num_evaluations + 1,
             history=history,
         )
@@ -274,7 +285,7 @@ class AbstractSecantIteration(
         damping = lax.stop_gradient(jnp.asarray(self.damping, z.dtype))
         # All examples of a batch that still run are at the same step, so they share a
         # row: were its index batched, every update would become a scatter.
-        row = eqxi.unvmap_max(history.num_steps) % self.history_size
+        row = shared_max(history.num_steps) % self.history_size
         residual = image - z
 
         change = residual - history.residual

@@ -2,7 +2,7 @@ import equinox as eqx
 import optimistix as optx
 from jaxtyping import Array, Float
 
-from .._custom_types import Aux, Norm, Vector, Y
+from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import dot
 from .base import AbstractSecantIteration
 
@@ -50,7 +50,7 @@ class Broyden(AbstractSecantIteration[Y, Aux]):
     """
 
     rtol: float | Float[Array, ""]
-    atol: float | Float[Array, ""]
+    atol: Tolerances
     norm: Norm = optx.max_norm
     history_size: int = eqx.field(default=20, static=True)
     damping: float | Float[Array, ""] = 1.0
@@ -73,8 +73,11 @@ class Broyden(AbstractSecantIteration[Y, Aux]):
 Broyden.__init__.__doc__ = """**Arguments:**
 
 - `rtol`: relative tolerance, of `f(z) - z` against `f(z)`. A Python float, or a scalar
-    array (which changes without recompilation).
-- `atol`: absolute tolerance, likewise. Not both may be zero.
+    array (which changes without recompilation). Below four roundings of `f(z)` it is
+    taken as these.
+- `atol`: absolute tolerance, likewise; or a pytree of them like the state, or of arrays
+    like its leaves: a scale for each unknown. Not both may be zero. (With a Python
+    float and `rtol=0` it is taken as it is, also below rounding.)
 - `norm`: the norm of the error; any function from a pytree to a scalar.
 - `history_size`: the number of steps that the approximate inverse Jacobian remembers.
 - `damping`: the first approximate inverse Jacobian is `-damping` times the identity;

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
-from .._custom_types import Aux, Norm, Vector, Y
+from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import check_positive
 from .base import AbstractFixedPointIteration
 
@@ -24,7 +24,7 @@ class Picard(AbstractFixedPointIteration[Y, Aux, None]):
     """
 
     rtol: float | Float[Array, ""]
-    atol: float | Float[Array, ""]
+    atol: Tolerances
     norm: Norm = optx.max_norm
     damping: float | Float[Array, ""] = 1.0
 
@@ -44,8 +44,11 @@ class Picard(AbstractFixedPointIteration[Y, Aux, None]):
 Picard.__init__.__doc__ = """**Arguments:**
 
 - `rtol`: relative tolerance, of `f(z) - z` against `f(z)`. A Python float, or a scalar
-    array (which changes without recompilation).
-- `atol`: absolute tolerance, likewise. Not both may be zero.
+    array (which changes without recompilation). Below four roundings of `f(z)` it is
+    taken as these.
+- `atol`: absolute tolerance, likewise; or a pytree of them like the state, or of arrays
+    like its leaves: a scale for each unknown. Not both may be zero. (With a Python
+    float and `rtol=0` it is taken as it is, also below rounding.)
 - `norm`: the norm of the error; any function from a pytree to a scalar.
 - `damping`: the weight of the new iterate, positive; 1 is undamped. (The `damp` of
     [`optimistix.FixedPointIteration`][] weights the old iterate.)
