@@ -18,6 +18,7 @@ from ._diagnostics.spectrum import (
     spectral_radius as spectral_radius,
 )
 from ._fp_resnet import FPResNet as FPResNet
+from ._layer.defaults import default_solver as default_solver
 from ._layer.deq import DEQ as DEQ
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from ._linear_solver.gmres import GMRES as GMRES
@@ -34,6 +35,7 @@ from ._parametrisation.spectrum import (
     SpectralNorm as SpectralNorm,
     with_spectral_norm as with_spectral_norm,
 )
+from ._parametrisation.untrained import Untrained as Untrained
 from ._regularisation.base import (
     divergence as divergence,
     divergence_and_frobenius as divergence_and_frobenius,

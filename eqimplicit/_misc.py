@@ -64,6 +64,14 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def at_least_single(x: Any) -> Any:
+    """An array of half precision in single precision; anything else as it is."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return x
+    is_half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if is_half else x
+
+
 def ravel(tree: PyTree[Array]) -> tuple[Vector, Callable[[Vector], PyTree[Array]]]:
     """Flattens a pytree to a vector; a single leaf is only reshaped."""
     leaves, treedef = jtu.tree_flatten(tree)
@@ -165,7 +173,8 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
-    """`atol` may be a pytree of arrays, one for each unknown."""
+    """`rtol` may be None, for a default, and `atol` a pytree, one for each unknown."""
+    rtol = 1.0 if rtol is None else rtol
     check_not_negative("rtol", rtol)
     scales = jtu.tree_leaves(atol)
     for scale in scales:

@@ -44,7 +44,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     """
 
     linear_solver: lx.AbstractLinearSolver = NeumannKrylov(
-        rtol=1e-6, atol=0.0, fallback=GMRES(rtol=1e-6, atol=0.0)
+        rtol=None, atol=0.0, fallback=GMRES(rtol=None, atol=0.0)
     )
     throw: bool = eqx.field(default=False, static=True)
 
@@ -76,7 +76,7 @@ ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `linear_solver`: any Lineax solver, for the matrix $I - J$. The default iterates
     Neumann's series while that contracts, and otherwise turns to GMRES, to a residual
-    of `1e-6` relative to the right-hand side.
+    of 1e-6, in float64 of 1e-10, relative to the right-hand side.
 - `throw`: whether to raise an error, at run time, if the linear solve did not finish.
     It costs a host callback in each compiled gradient.
 

@@ -2,14 +2,16 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.base import check_uncoupled
-from .._misc import check_positive_int, clone, state_dtype, stop_gradient
+from .._misc import all_finite, check_positive_int, clone, state_dtype, stop_gradient
+from .._parametrisation.base import resolve
+from .defaults import default_solver
+from .failures import explain_error, throw_unless_found
 
 
 def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
@@ -18,12 +20,12 @@ def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
             f"`solver` must be a fixed-point solver. Got the root finder {solver!r}; "
             "wrap it as `eqimplicit.RootAsFixedPoint(solver)`."
         )
-    if not isinstance(solver, optx.AbstractFixedPointSolver):
+    if solver is not None and not isinstance(solver, optx.AbstractFixedPointSolver):
         raise TypeError(
             "`solver` must be an instance of `optimistix.AbstractFixedPointSolver`, "
             f"for example `eqimplicit.Anderson(1e-4, 1e-4)`. Got {solver!r}."
         )
-    if not isinstance(adjoint, optx.AbstractAdjoint):
+    if adjoint is not None and not isinstance(adjoint, optx.AbstractAdjoint):
         raise TypeError(
             "`adjoint` must be an instance of `optimistix.AbstractAdjoint`, for "
             f"example `eqimplicit.ImplicitAdjoint()`. Got {adjoint!r}."
@@ -47,63 +49,111 @@ def evaluate_cell(
     return jtu.tree_map(jnp.asarray, image), new_state
 
 
+class SolveOptions(eqx.Module):
+    """How a layer solves its equation, and what it is called in messages."""
+
+    solver: optx.AbstractFixedPointSolver | None
+    adjoint: optx.AbstractAdjoint | None
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def or_defaults(self, state, scale):
+        solver, adjoint = default_solver(state, scale)
+        solver = solver if self.solver is None else resolve(self.solver)
+        adjoint = adjoint if self.adjoint is None else resolve(self.adjoint)
+        return solver, adjoint
+
+
+@eqx.filter_jit
+def _evaluate(z, args):
+    """Traced once, however often a solver, an adjoint and a check need it."""
+    cell, x, key, state = args
+    return evaluate_cell(cell, z, x, key, state)
+
+
 def solve_cell(
     cell: Callable,
     x: PyTree[Any],
     z0: PyTree[Array],
+    options: SolveOptions,
     *,
     key: PRNGKeyArray | None = None,
     state: eqx.nn.State | None = None,
-    solver: optx.AbstractFixedPointSolver,
-    adjoint: optx.AbstractAdjoint,
-    max_steps: int,
-    throw: bool,
+    scale: PyTree[Array] | None = None,
     remedy: str,
 ) -> optx.Solution:
-    """Solves `z = cell(z, x)`. The `remedy` ends the message of an error about `z0`."""
+    """Solves `z = cell(z, x)`. The `remedy` ends the message of an error about `z0`;
+    for `scale` see `default_solver`.
+    """
     state_dtype(z0, remedy)
-
-    def fn(z, args):
-        cell, x, key, state = args
-        return evaluate_cell(cell, z, x, key, state)
-
     args = (cell, x, key, state)
     try:
-        jaxpr, *output = eqx.filter_make_jaxpr(fn)(z0, args)
-    except (TypeError, ValueError) as error:
-        shapes = jtu.tree_map(jnp.shape, z0)
-        error.add_note(f"`cell` was given a state of shape {shapes}. {remedy}")
+        jaxpr, *output = eqx.filter_make_jaxpr(_evaluate)(z0, args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        error.add_note(explain_error(error, z0, *args, remedy))
         raise
     image, _ = eqx.combine(*output)
     check_same_structure("cell", image, z0, remedy)
     check_uncoupled(jaxpr.jaxpr)
+    solver, adjoint = options.or_defaults(z0, scale)
     solution = optx.fixed_point(
-        fn,
+        _evaluate,
         solver,
         z0,
         args,
         has_aux=True,
-        max_steps=max_steps,
+        max_steps=options.max_steps,
         adjoint=adjoint,
-        throw=throw,
+        throw=False,
     )
-    new_state = stop_gradient(_keep_unchanged(jaxpr.jaxpr, (z0, args), solution.aux))
-    return eqx.tree_at(
-        lambda s: s.aux, solution, new_state, is_leaf=lambda x: x is None
-    )
+    new_state = solution.aux
+    if state is not None:
+        new_state = stop_gradient(_keep_unchanged(z0, args, new_state))
+    value, result, stats = solution.value, solution.result, solution.stats
+    return finish(value, result, stats, options, aux=new_state)
+
+
+def finish(
+    value: PyTree[Array],
+    result: optx.RESULTS,
+    stats: dict[str, Any],
+    options: SolveOptions,
+    aux: PyTree[Any] = None,
+) -> optx.Solution:
+    """The solution of a layer, which never counts as found if it is not finite.
+
+    It has no solver state, which may hold functions, and so could be returned neither
+    from `jax.vmap` nor from `jax.lax.scan`.
+    """
+    found = result == optx.RESULTS.successful
+    nonfinite = found & ~all_finite(value)
+    result = optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
+    if options.throw:
+        value = throw_unless_found(value, result, stats, options.name)
+    return optx.Solution(value=value, result=result, aux=aux, stats=stats, state=None)
 
 
 def _keep_unchanged(
-    jaxpr: jex.core.Jaxpr, inputs: PyTree[Any], aux: PyTree[Any]
+    z0: PyTree[Array], args: PyTree[Any], new_state: PyTree[Any]
 ) -> PyTree[Any]:
-    """Of the last outputs of a function, those that are inputs as they were put in.
+    """Of the new Equinox state, what the cell returns as it was put in (and not as the
+    state of the solve, which changes), from where it was put in.
 
     Under `vmap` all that a loop carries is mapped, even if it never changes. But frozen
     statistics, for example, are those of all examples.
     """
-    arrays = jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))
-    given = {id(var): array for var, array in zip(jaxpr.invars, arrays)}
-    dynamic, static = eqx.partition(aux, eqx.is_array)
+
+    def evaluate(z, args):
+        cell, x, key, state = args
+        return evaluate_cell(cell, z, x, key, state)
+
+    closed, _, _ = eqx.filter_make_jaxpr(evaluate)(z0, args)
+    jaxpr, num_unknown = closed.jaxpr, len(jtu.tree_leaves(z0))
+    variables = jaxpr.invars[num_unknown:]
+    arrays = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
+    given = {id(var): array for var, array in zip(variables, arrays)}
+    dynamic, static = eqx.partition(new_state, eqx.is_array)
     leaves, treedef = jtu.tree_flatten(dynamic)
     variables = jaxpr.outvars[len(jaxpr.outvars) - len(leaves) :]
     leaves = [given.get(id(var), leaf) for var, leaf in zip(variables, leaves)]

@@ -8,10 +8,10 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._adjoint.implicit import ImplicitAdjoint
+from .._misc import as_state
 from .._parametrisation.base import resolve
-from .._solver.anderson import Anderson
-from .base import check_solve_arguments, solve_cell
+from .._parametrisation.untrained import untrained
+from .base import check_solve_arguments, solve_cell, SolveOptions
 
 
 class DEQ(eqx.Module):
@@ -42,8 +42,10 @@ class DEQ(eqx.Module):
     """
 
     cell: Callable
-    solver: optx.AbstractFixedPointSolver = Anderson(1e-4, 1e-4)
-    adjoint: optx.AbstractAdjoint = ImplicitAdjoint()
+    solver: optx.AbstractFixedPointSolver | None = eqx.field(
+        default=None, converter=untrained
+    )
+    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, converter=untrained)
     max_steps: int = eqx.field(default=100, static=True)
     throw: bool = eqx.field(default=False, static=True)
     init: Callable | None = None
@@ -115,33 +117,35 @@ class DEQ(eqx.Module):
         mixed dtypes, if the cell returns anything other than its state in structure,
         shape and dtype, or if it communicates along a mapped axis.
         """
-        z0 = self._initial_guess(x, z0)
-        return solve_cell(
-            resolve(self.cell),
-            x,
-            z0,
-            key=key,
-            state=state,
-            solver=self.solver,
-            adjoint=self.adjoint,
-            max_steps=self.max_steps,
-            throw=self.throw,
-            remedy="Pass `z0`, or an `init`, that matches what the cell returns.",
-        )
+        return _solve(self, x, z0, key, state)
 
-    def _initial_guess(self, x, z0):
-        if z0 is None:
-            zeros_like = ft.partial(jtu.tree_map, jnp.zeros_like)
-            z0 = zeros_like(x) if self.init is None else resolve(self.init)(x)
-        return jtu.tree_map(jnp.asarray, z0)
+
+@eqx.filter_jit
+def _solve(deq: DEQ, x, z0, key, state):
+    if z0 is None:
+        zeros_like = ft.partial(jtu.tree_map, jnp.zeros_like)
+        z0 = zeros_like(x) if deq.init is None else resolve(deq.init)(x)
+    return solve_cell(
+        resolve(deq.cell),
+        x,
+        as_state(z0),
+        SolveOptions(deq.solver, deq.adjoint, deq.max_steps, deq.throw, "DEQ"),
+        key=key,
+        state=state,
+        remedy="Pass `z0`, or an `init`, that matches what the cell returns.",
+    )
 
 
 DEQ.__init__.__doc__ = """**Arguments:**
 
 - `cell`: a callable, as a rule a Module, `cell(z, x) -> z`.
 - `solver`: an [`optimistix.AbstractFixedPointSolver`][], of this package or any other.
-    Wrap a root finder in [`eqimplicit.RootAsFixedPoint`][].
-- `adjoint`: an [`optimistix.AbstractAdjoint`][]: how to differentiate the solution.
+    Wrap a root finder in [`eqimplicit.RootAsFixedPoint`][]. By default
+    [`eqimplicit.Anderson`][], to a tolerance that suits the precision of the state
+    ([`eqimplicit.default_solver`][]).
+- `adjoint`: an [`optimistix.AbstractAdjoint`][]: how to differentiate the solution. By
+    default [`eqimplicit.ImplicitAdjoint`][]. Arrays in it and in the solver are held as
+    [`eqimplicit.Untrained`][], so that no optimiser changes them.
 - `max_steps`: the largest number of steps of the solver.
 - `throw`: whether to raise an error, at run time, if the solve has not finished. By
     default the layer returns what it has, so that training goes on.

@@ -59,6 +59,8 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
 
 def tolerance_for(rtol: Any, atol: Any, size: Array, dtype: DTypeLike) -> Array:
     """`atol + rtol * size`, with an `rtol` that products in `dtype` can reach."""
+    if rtol is None:
+        rtol = 1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-6
     rtol, atol = lax.stop_gradient((rtol, atol))
     reachable = 4 * float(jnp.finfo(dtype).eps)
     rtol = jnp.maximum(jnp.asarray(rtol, size.dtype), reachable)

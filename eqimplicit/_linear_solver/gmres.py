@@ -78,7 +78,7 @@ class GMRES(AbstractMatrixFreeSolver):
         ```
     """
 
-    rtol: float | Float[Array, ""]
+    rtol: float | Float[Array, ""] | None
     atol: float | Float[Array, ""]
     restart: int = eqx.field(default=20, static=True)
     max_steps: int = eqx.field(default=200, static=True)
@@ -247,7 +247,8 @@ def _finish(state: _State) -> _State:
 
 GMRES.__init__.__doc__ = """**Arguments:**
 
-- `rtol`: tolerance relative to the size of the right-hand side.
+- `rtol`: tolerance relative to the size of the right-hand side; `None` means 1e-10 in
+    double precision and 1e-6 below.
 - `atol`: absolute tolerance. Not both may be zero.
 - `restart`: the number of products in a cycle, after which the basis is built anew.
 - `max_steps`: the largest number of products.

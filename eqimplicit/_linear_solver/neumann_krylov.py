@@ -44,7 +44,7 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
     `rtol` than four times the precision of the numbers is taken as four times it.
     """
 
-    rtol: float | Float[Array, ""]
+    rtol: float | Float[Array, ""] | None
     atol: float | Float[Array, ""]
     fallback: lx.AbstractLinearSolver
     rate: float = 0.8
@@ -109,7 +109,8 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
 
 NeumannKrylov.__init__.__doc__ = """**Arguments:**
 
-- `rtol`: tolerance relative to the size of the right-hand side.
+- `rtol`: tolerance relative to the size of the right-hand side; `None` means 1e-10 in
+    double precision and 1e-6 below.
 - `atol`: absolute tolerance. Not both may be zero.
 - `fallback`: the solver for systems on which the Neumann iteration is slow or diverges,
     e.g. [`eqimplicit.GMRES`][].

@@ -7,22 +7,14 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import Array, Float, PyTree
 
-from .._adjoint.implicit import ImplicitAdjoint
 from .._custom_types import Y
-from .._layer.base import check_same_structure, check_solve_arguments, solve_cell
-from .._linear_solver.fixed_point import FixedPointLinearSolver
-from .._linear_solver.gmres import GMRES
-from .._misc import all_finite, check_positive, state_dtype
+from .._layer.base import check_same_structure, finish, SolveOptions
+from .._misc import as_state, check_positive, state_dtype
 from .._parametrisation.base import resolve
-from .._parametrisation.bounded import BoundedSpectrum
-from .._solver.anderson import Anderson
-from .._solver.as_fixed_point import RootAsFixedPoint
-from .._solver.picard import Picard
 
 
 class AbstractResidualLayer(eqx.Module):
@@ -89,60 +81,6 @@ class AbstractResidualLayer(eqx.Module):
         return self.solve(y, t, args).value
 
 
-class SolveOptions(eqx.Module):
-    """How an implicit layer solves its equation."""
-
-    solver: optx.AbstractFixedPointSolver | None
-    adjoint: optx.AbstractAdjoint | None
-    max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
-
-    def __check_init__(self):
-        check_solve_arguments(
-            Anderson(1e-4, 1e-4) if self.solver is None else self.solver,
-            ImplicitAdjoint() if self.adjoint is None else self.adjoint,
-            self.max_steps,
-        )
-
-    def solve(
-        self,
-        cell: Callable,
-        x: PyTree[Any],
-        z0: PyTree[Array],
-        implicit: tuple[Callable | None, Any] = (None, None),
-    ) -> optx.Solution:
-        """Solves `z = cell(z, x)`; where that adds a weighted field to a constant,
-        `implicit` is the field and its weight.
-        """
-        solver, adjoint = _defaults(z0, *implicit)
-        return solve_cell(
-            cell,
-            x,
-            z0,
-            solver=solver if self.solver is None else self.solver,
-            adjoint=adjoint if self.adjoint is None else self.adjoint,
-            max_steps=self.max_steps,
-            throw=self.throw,
-            remedy="Pass a `z0` like `y`.",
-        )
-
-
-def _defaults(z0, field, weight):
-    dtype = state_dtype(z0)
-    tolerance = max(1e-6, 10 * float(jnp.finfo(dtype).eps))
-    if jnp.finfo(dtype).bits < 32:
-        return Anderson(tolerance, tolerance), ImplicitAdjoint()
-    if sum(leaf.size for leaf in jtu.tree_leaves(z0)) <= 64:
-        newton = optx.Newton(tolerance, tolerance, linear_solver=lx.LU())
-        return RootAsFixedPoint(newton, judge_step=True), ImplicitAdjoint(lx.LU())
-    if isinstance(field, BoundedSpectrum) and field.contracts(weight):
-        picard = Picard(tolerance, tolerance, damping=field.damping(weight))
-        return picard, ImplicitAdjoint(FixedPointLinearSolver(picard))
-    newton = optx.Newton(tolerance, tolerance, linear_solver=GMRES(1e-2, 0.0))
-    # Not judged by its steps, which an inexact solve may leave short.
-    return RootAsFixedPoint(newton), ImplicitAdjoint()
-
-
 def check_residual_layer(
     vector_field: Any, step_size: Any, adjoint: Any = None
 ) -> None:
@@ -162,17 +100,54 @@ def check_residual_layer(
         )
 
 
+class _Cast(eqx.Module):
+    """A field whose time, which has single precision, has promoted its value."""
+
+    vector_field: Callable
+
+    def __call__(self, t, y, args):
+        value = self.vector_field(t, y, args)
+        return jtu.tree_map(lambda a, b: jnp.asarray(a).astype(b.dtype), value, y)
+
+
+def check_scalar_step(step_size: Any) -> None:
+    if jnp.ndim(step_size) > 0:
+        raise ValueError(
+            "`step_size` must be a number, unless the layers of an `ODEBlock` are "
+            f"`stacked`. Got an array of shape {jnp.shape(step_size)}."
+        )
+
+
 def prepare(
-    vector_field: Callable, y: PyTree[Any], t: Any, args: PyTree[Any]
+    layer: AbstractResidualLayer, y: PyTree[Any], t: Any, args: PyTree[Any]
 ) -> tuple[Callable, PyTree[Array]]:
-    """The field with its parametrisations resolved, and the state, checked."""
-    y = jtu.tree_map(jnp.asarray, y)
-    state_dtype(y, "Pass a `y` of floating arrays.")
-    field = resolve(vector_field)
-    derivative = eqx.filter_eval_shape(field, t, y, args)
+    """The field of a layer, resolved, and the state, checked."""
+    check_scalar_step(layer.step_size)
+    y = as_state(y)
+    dtype = state_dtype(y, "Pass a `y` of floating arrays.")
+    field = resolve(layer.vector_field)
+    if jnp.finfo(dtype).bits < 32:
+        field = _Cast(field)
+    try:
+        derivative = eqx.filter_eval_shape(field, t, y, args)
+    except (TypeError, ValueError) as error:
+        shapes = jtu.tree_map(jnp.shape, y)
+        error.add_note(
+            "The field was called as `vector_field(t, y, args)` with a state `y` of "
+            f"shape {shapes}. If that is a batch, call the layer as "
+            "`jax.vmap(layer)(y)`."
+        )
+        raise
     remedy = "A derivative is of the same kind as its state."
     check_same_structure("vector_field", derivative, y, remedy)
     return field, y
+
+
+def as_time(t: Any) -> Any:
+    """A Python number as an array, of which every value has the same program. It is
+    weakly typed, and so promotes no state.
+    """
+    return jnp.asarray(t)
 
 
 def add(y: PyTree[Array], factor: Any, direction: PyTree[Array]) -> PyTree[Array]:
@@ -184,13 +159,8 @@ def initial_guess(y: PyTree[Array], z0: PyTree[Array] | None) -> PyTree[Array]:
     return y if z0 is None else lax.stop_gradient(z0)
 
 
-def explicit_solution(value: PyTree[Array], throw: bool = False) -> optx.Solution:
+def explicit_solution(value: PyTree[Array], options: SolveOptions) -> optx.Solution:
     """That of a step for which nothing had to be solved."""
-    result = optx.RESULTS.where(
-        all_finite(value), optx.RESULTS.successful, optx.RESULTS.nonfinite
-    )
-    if throw:
-        value = result.error_if(value, result != optx.RESULTS.successful)
     residual = jnp.zeros((), state_dtype(value))
     stats = {"num_steps": jnp.array(0), "residual": residual}
-    return optx.Solution(value=value, result=result, aux=None, stats=stats, state=None)
+    return finish(value, optx.RESULTS.successful, stats, options)

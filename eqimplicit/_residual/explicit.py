@@ -3,15 +3,17 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
+from .._layer.base import SolveOptions
+from .._misc import as_state
 from .base import (
     AbstractResidualLayer,
     add,
+    as_time,
     check_residual_layer,
     explicit_solution,
     prepare,
@@ -42,22 +44,29 @@ class _AbstractReversibleLayer(AbstractResidualLayer):
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return self._apply(self.forwards, y, t, args)
+        del z0
+        return _apply(self, y, as_time(t), args, True)
 
     def invert(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return self._apply(self.backwards, y, t, args)
+        del z0
+        return _apply(self, y, as_time(t), args, False)
 
-    def _apply(self, step, y, t, args):
-        if not isinstance(y, tuple) or len(y) != 2:
-            raise ValueError(
-                f"The state of a {type(self).__name__} must be a tuple of two parts. "
-                f"Got the structure {jtu.tree_structure(y)}."
-            )
-        y = jtu.tree_map(jnp.asarray, y)
-        field, _ = prepare(self.vector_field, y[0] if self.is_two_step else y, t, args)
-        return explicit_solution(step(field, y, t, args))
+
+@eqx.filter_jit
+def _apply(layer: _AbstractReversibleLayer, y, t, args, is_forwards):
+    name = type(layer).__name__
+    if not isinstance(y, tuple) or len(y) != 2:
+        raise ValueError(
+            f"The state of a {name} must be a tuple of two parts. Got the structure "
+            f"{jtu.tree_structure(y)}."
+        )
+    y = as_state(y)
+    field, _ = prepare(layer, y[0] if layer.is_two_step else y, t, args)
+    step = layer.forwards if is_forwards else layer.backwards
+    options = SolveOptions(None, None, 1, False, name)
+    return explicit_solution(step(field, y, t, args), options)
 
 
 class VerletLayer(_AbstractReversibleLayer):

@@ -12,13 +12,16 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
+from .._layer.base import check_solve_arguments, finish, solve_cell, SolveOptions
 from .._misc import check_positive_int, inexact
+from .._parametrisation.untrained import untrained
 from .base import (
     AbstractResidualLayer,
+    as_time,
     check_residual_layer,
+    explicit_solution,
     initial_guess,
     prepare,
-    SolveOptions,
 )
 
 
@@ -51,6 +54,11 @@ class ButcherTableau:
             raise ValueError(
                 f"`b` must sum to 1 for a consistent method. Got {self.b!r}."
             )
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether each stage needs only those before it."""
+        return not np.any(np.triu(np.asarray(self.a)))
 
     @classmethod
     def gauss_legendre(cls, num_stages: int) -> "ButcherTableau":
@@ -163,8 +171,10 @@ class RungeKuttaLayer(AbstractResidualLayer):
     vector_field: Callable
     tableau: ButcherTableau | tuple[ButcherTableau, ...] = eqx.field(static=True)
     step_size: float | Float[Array, ""] = 1.0
-    solver: optx.AbstractFixedPointSolver | None = None
-    adjoint: optx.AbstractAdjoint | None = None
+    solver: optx.AbstractFixedPointSolver | None = eqx.field(
+        default=None, converter=untrained
+    )
+    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, converter=untrained)
     max_steps: int = eqx.field(default=50, static=True)
     throw: bool = eqx.field(default=False, static=True)
 
@@ -180,41 +190,17 @@ class RungeKuttaLayer(AbstractResidualLayer):
                 "The tableaux of a partitioned method must have equally many stages. "
                 f"Got {self.tableau!r}."
             )
-        SolveOptions(self.solver, self.adjoint, self.max_steps, self.throw)
+        check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return self._step(y, t, args, z0, forwards=True)
+        return _step(self, y, as_time(t), args, z0, True)
 
     def invert(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return self._step(y, t, args, z0, forwards=False)
-
-    def _step(self, y, t, args, z0, forwards):
-        field, y = prepare(self.vector_field, y, t, args)
-        tableaux = self._tableau_of_each_leaf(y)
-        h = self.step_size
-
-        def slope(new, leaf):
-            change = (new - leaf) / jnp.asarray(h if forwards else -h, leaf.dtype)
-            num_stages = len(_tableaux(self.tableau)[0].b)
-            return jnp.broadcast_to(change, (num_stages, *leaf.shape))
-
-        solution = SolveOptions(
-            self.solver, self.adjoint, self.max_steps, self.throw
-        ).solve(
-            _Stages(field, tuple(tableaux), forwards),
-            (y, t, h, args),
-            jtu.tree_map(slope, initial_guess(y, z0), y),
-        )
-        slopes = jtu.tree_leaves(solution.value)
-        leaves, treedef = jtu.tree_flatten(y)
-        weights = [jnp.asarray(x.b) for x in tableaux]
-        weights = weights if forwards else [-b for b in weights]
-        value = _increments(leaves, h, weights, slopes)
-        return eqx.tree_at(lambda s: s.value, solution, treedef.unflatten(value))
+        return _step(self, y, as_time(t), args, z0, False)
 
     def _tableau_of_each_leaf(self, y):
         if isinstance(self.tableau, ButcherTableau):
@@ -228,6 +214,44 @@ class RungeKuttaLayer(AbstractResidualLayer):
         return [x for x, part in zip(self.tableau, y) for _ in jtu.tree_leaves(part)]
 
 
+@eqx.filter_jit
+def _step(layer: RungeKuttaLayer, y, t, args, z0, forwards):
+    field, y = prepare(layer, y, t, args)
+    options = SolveOptions(
+        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "RungeKuttaLayer"
+    )
+    tableaux = tuple(layer._tableau_of_each_leaf(y))
+    h = layer.step_size
+    num_stages = len(tableaux[0].b)
+
+    def in_each_stage(leaf):
+        return jnp.broadcast_to(leaf, (num_stages, *leaf.shape))
+
+    def slopes_from(change):
+        scaled = lambda leaf: leaf / jnp.asarray(h if forwards else -h, leaf.dtype)
+        return jtu.tree_map(lambda leaf: in_each_stage(scaled(leaf)), change)
+
+    if forwards and all(tableau.is_explicit for tableau in tableaux):
+        slopes = _explicit_slopes(field, tableaux, y, t, h, args)
+        solution = explicit_solution(slopes, options)
+    else:
+        solution = solve_cell(
+            _Stages(field, tableaux, forwards),
+            (y, t, h, args),
+            slopes_from(jtu.tree_map(jnp.subtract, initial_guess(y, z0), y)),
+            options,
+            scale=slopes_from(y),
+            remedy="Pass a `z0` like `y`.",
+        )
+
+    leaves, treedef = jtu.tree_flatten(y)
+    weights = [jnp.asarray(tableau.b) for tableau in tableaux]
+    weights = weights if forwards else [-b for b in weights]
+    value = _increments(leaves, h, weights, jtu.tree_leaves(solution.value))
+    value = treedef.unflatten(value)
+    return finish(value, solution.result, solution.stats, options)
+
+
 RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**
 
 - `vector_field`: a callable, as a rule a Module, `vector_field(t, y, args) -> dy/dt`,
@@ -238,9 +262,7 @@ RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**
 - `step_size`: $h$, in the units of `t`. A Python float, or a scalar array, which is
     differentiated.
 - `solver`, `adjoint`, `max_steps`, `throw`: as for [`eqimplicit.ThetaLayer`][], for the
-    slopes. (Those of a stiff field are large, and so is their rounding: in float32 a
-    rare step may read as not found for that alone. A `solver` with a larger `atol`
-    accepts it.)
+    slopes. An explicit tableau needs none of them.
 
 **Raises:** a `TypeError` for arguments of the wrong kind, a `ValueError` if `step_size`
 is not positive, if tableaux differ in their number of stages, or if `max_steps` is
@@ -260,6 +282,22 @@ def _increments(leaves, h, weights, slopes):
         * jnp.tensordot(weight.astype(leaf.dtype), slope, axes=1)
         for leaf, weight, slope in zip(leaves, weights, slopes)
     ]
+
+
+def _explicit_slopes(field, tableaux, y, t, h, args):
+    """One stage after the other, each from those before it."""
+    leaves, treedef = jtu.tree_flatten(y)
+    slopes = [jnp.zeros((0, *leaf.shape), leaf.dtype) for leaf in leaves]
+    for i in range(len(tableaux[0].b)):
+        weights = [jnp.asarray(x.a[i][:i]) for x in tableaux]
+        stage = treedef.unflatten(_increments(leaves, h, weights, slopes))
+        nodes = {x.c[i] for x in tableaux}
+        values = {c: jtu.tree_leaves(field(t + c * h, stage, args)) for c in nodes}
+        slopes = [
+            jnp.concatenate([earlier, values[x.c[i]][k][None]])
+            for k, (earlier, x) in enumerate(zip(slopes, tableaux))
+        ]
+    return treedef.unflatten(slopes)
 
 
 class _Stages(eqx.Module):

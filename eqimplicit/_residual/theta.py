@@ -7,15 +7,17 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
+from .._layer.base import check_solve_arguments, solve_cell, SolveOptions
 from .._misc import inexact
+from .._parametrisation.untrained import untrained
 from .base import (
     AbstractResidualLayer,
     add,
+    as_time,
     check_residual_layer,
     explicit_solution,
     initial_guess,
     prepare,
-    SolveOptions,
 )
 
 
@@ -63,8 +65,10 @@ class ThetaLayer(AbstractResidualLayer):
     theta: float = eqx.field(default=0.5, static=True)
     step_size: float | Float[Array, ""] = 1.0
     form: Literal["midpoint", "trapezoid"] = eqx.field(default="midpoint", static=True)
-    solver: optx.AbstractFixedPointSolver | None = None
-    adjoint: optx.AbstractAdjoint | None = None
+    solver: optx.AbstractFixedPointSolver | None = eqx.field(
+        default=None, converter=untrained
+    )
+    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, converter=untrained)
     max_steps: int = eqx.field(default=50, static=True)
     throw: bool = eqx.field(default=False, static=True)
 
@@ -79,36 +83,42 @@ class ThetaLayer(AbstractResidualLayer):
             raise ValueError(
                 f'`form` must be "midpoint" or "trapezoid". Got {self.form!r}.'
             )
-        SolveOptions(self.solver, self.adjoint, self.max_steps, self.throw)
+        check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return self._step(y, t, args, z0, self.step_size, self.theta)
+        return _step(self, y, as_time(t), args, z0, self.step_size, self.theta)
 
     def invert(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
         h = self.step_size
-        return self._step(y, t + h, args, z0, -h, 1 - self.theta)
+        return _step(self, y, as_time(t) + h, args, z0, -h, 1 - self.theta)
 
-    def _step(self, y, t, args, z0, h, theta):
-        field, y = prepare(self.vector_field, y, t, args)
-        if theta == 0:
-            return explicit_solution(add(y, h, field(t, y, args)), self.throw)
-        if self.form == "midpoint":
-            start, stage_time = y, t + theta * h
-        else:
-            start, stage_time = y, t + h
-            if theta < 1:
-                start = add(y, (1 - theta) * h, field(t, y, args))
-        options = SolveOptions(self.solver, self.adjoint, self.max_steps, self.throw)
-        return options.solve(
-            _Stage(field, theta, self.form),
-            (start, stage_time, h, args),
-            initial_guess(y, z0),
-            implicit=(field, theta * h),
-        )
+
+@eqx.filter_jit
+def _step(layer: ThetaLayer, y, t, args, z0, h, theta):
+    field, y = prepare(layer, y, t, args)
+    options = SolveOptions(
+        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "ThetaLayer"
+    )
+    if theta == 0:
+        return explicit_solution(add(y, h, field(t, y, args)), options)
+    if layer.form == "midpoint":
+        start, stage_time = y, t + theta * h
+    else:
+        start, stage_time = y, t + h
+        if theta < 1:
+            start = add(y, (1 - theta) * h, field(t, y, args))
+    return solve_cell(
+        _Stage(field, theta, layer.form),
+        (start, stage_time, h, args),
+        initial_guess(y, z0),
+        options,
+        scale=y,
+        remedy="Pass a `z0` like `y`.",
+    )
 
 
 ThetaLayer.__init__.__doc__ = r"""**Arguments:**
@@ -121,17 +131,10 @@ ThetaLayer.__init__.__doc__ = r"""**Arguments:**
     differentiated.
 - `form`: `"midpoint"` or `"trapezoid"`. On linear fields they agree.
 - `solver`: an [`optimistix.AbstractFixedPointSolver`][]. By default Newton's method
-    ([`eqimplicit.RootAsFixedPoint`][]), to the larger of 1e-6 and ten roundings: with a
-    dense Jacobian for up to 64 unknowns, judged by its step as well; above, with
-    [`eqimplicit.GMRES`][], which on a very stiff field may not finish (pass Newton's
-    method with `lineax.LU()`), or, where the field is a
-    [`eqimplicit.BoundedSpectrum`][] that contracts well, [`eqimplicit.Picard`][] with
-    [`eqimplicit.BoundedSpectrum.damping`][]; in half precision
-    [`eqimplicit.Anderson`][].
+    ([`eqimplicit.RootAsFixedPoint`][]), with a dense Jacobian for up to 64 unknowns and
+    with [`eqimplicit.GMRES`][] above: [`eqimplicit.default_solver`][] says how far.
 - `adjoint`: an [`optimistix.AbstractAdjoint`][]. By default
-    [`eqimplicit.ImplicitAdjoint`][]: with a dense factorisation for up to 64 unknowns,
-    with its own default above; with a [`eqimplicit.BoundedSpectrum`][], with the
-    Neumann series of the same damping.
+    [`eqimplicit.ImplicitAdjoint`][], with a dense factorisation for up to 64 unknowns.
 - `max_steps`: the largest number of steps of the solver.
 - `throw`: whether to raise an error, at run time, if the solve has not finished.
 

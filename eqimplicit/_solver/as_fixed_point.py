@@ -17,7 +17,8 @@ from .base import init_measurement, measure, Measurement
 
 class _InnerState(eqx.Module, Generic[Y]):
     iterate: Y
-    measurement: Measurement
+    residual: Float[Array, ""]
+    converged: Bool[Array, ""]
     # The length of the last step over its tolerance.
     step_error: Float[Array, ""]
     inner_state: PyTree[Any]
@@ -78,7 +79,7 @@ class _AbstractAsFixedPoint(
     @abc.abstractmethod
     def judge(
         self, measurement: Measurement, step: _Step[Y]
-    ) -> tuple[Measurement, Y]:
+    ) -> tuple[Bool[Array, ""], Y]:
         """What to make of the residual and the step that the inner solver takes, and
         the solution if that has converged.
         """
@@ -112,10 +113,10 @@ class _AbstractAsFixedPoint(
         inner_state = self.inner.init(
             objective, y, args, options, f_struct, aux_struct, tags
         )
-        measurement = init_measurement(y)
+        start = init_measurement(y)
         # Before the first step nothing has moved.
-        nothing = jnp.zeros_like(measurement.error)
-        return _InnerState(y, measurement, nothing, inner_state)
+        step_error = jnp.zeros_like(start.error)
+        return _InnerState(y, start.residual, start.converged, step_error, inner_state)
 
     def step(
         self,
@@ -139,10 +140,14 @@ class _AbstractAsFixedPoint(
             previous_error=state.step_error,
             found=inner_result == optx.RESULTS.successful,
         )
-        measurement, solution = self.judge(measure(self, y, image), step)
-        iterate = where(measurement.converged, solution, y)
+        measurement = measure(self, y, image)
+        converged, solution = self.judge(measurement, step)
+        iterate = where(converged, solution, y)
         iterate = where(jnp.isfinite(measurement.residual), iterate, image)
-        return new_y, _InnerState(iterate, measurement, step.error, inner_state), aux
+        new_state = _InnerState(
+            iterate, measurement.residual, converged, step.error, inner_state
+        )
+        return new_y, new_state, aux
 
     def terminate(
         self,
@@ -156,11 +161,10 @@ class _AbstractAsFixedPoint(
         _, inner_result = self.inner.terminate(
             self.objective(fn), y, args, options, state.inner_state, tags
         )
-        converged = state.measurement.converged
-        nonfinite = ~jnp.isfinite(state.measurement.residual)
+        nonfinite = ~jnp.isfinite(state.residual)
         result = optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, inner_result)
-        result = optx.RESULTS.where(converged, optx.RESULTS.successful, result)
-        return converged, result
+        result = optx.RESULTS.where(state.converged, optx.RESULTS.successful, result)
+        return state.converged, result
 
     def postprocess(
         self,
@@ -176,7 +180,7 @@ class _AbstractAsFixedPoint(
         _, _, stats = self.inner.postprocess(
             self.objective(fn), y, aux, args, options, state.inner_state, tags, result
         )
-        return state.iterate, aux, {**stats, "residual": state.measurement.residual}
+        return state.iterate, aux, {**stats, "residual": state.residual}
 
 
 class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
@@ -266,17 +270,19 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
 
     def judge(
         self, measurement: Measurement, step: _Step[Y]
-    ) -> tuple[Measurement, Y]:
+    ) -> tuple[Bool[Array, ""], Y]:
         short = step.found & (step.error < 1)
-        solution = where(short, step.end, step.start) if self.refine else step.start
-        if not self.judge_step:
-            return measurement, solution
-        # One short step is no proof: on a steep part of `f` every step is short.
-        contracted = step.error <= 0.5 * step.previous_error
-        at_rest = (step.previous_error < 1) & _is_rounding(step)
-        proven = short & (contracted | at_rest)
-        error = jnp.where(proven, step.error, measurement.error)
-        return Measurement(error, measurement.residual), solution
+        converged = measurement.converged
+        if self.judge_step:
+            # One short step is no proof: on a steep part of `f` every step is short.
+            contracted = step.error <= 0.5 * step.previous_error
+            at_rest = (step.previous_error < 1) & _is_rounding(step)
+            converged = converged | (short & (contracted | at_rest))
+        if self.refine:
+            converged = converged & short
+        finite = jnp.isfinite(measurement.residual)
+        solution = step.end if self.refine else step.start
+        return converged & finite, solution
 
 
 def _is_rounding(step: _Step) -> Bool[Array, ""]:
@@ -351,5 +357,5 @@ class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
 
     def judge(
         self, measurement: Measurement, step: _Step[Y]
-    ) -> tuple[Measurement, Y]:
-        return measurement, step.start
+    ) -> tuple[Bool[Array, ""], Y]:
+        return measurement.converged, step.start
