@@ -17,6 +17,10 @@ from ._diagnostics.spectrum import (
     spectral_norm as spectral_norm,
     spectral_radius as spectral_radius,
 )
+from ._diagnostics.summary import (
+    SolveSummary as SolveSummary,
+    summarise as summarise,
+)
 from ._fp_resnet import FPResNet as FPResNet
 from ._layer.defaults import default_solver as default_solver
 from ._layer.deq import DEQ as DEQ

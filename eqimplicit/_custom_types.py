@@ -12,4 +12,4 @@ Norm: TypeAlias = Callable[[PyTree[Array]], Float[Array, ""]]
 Vector: TypeAlias = Float[Array, " size"]
 LinearMap: TypeAlias = Callable[[PyTree[Any]], PyTree[Any]]
 # Absolute tolerances: one number, or a pytree with one for each leaf or each unknown.
-Tolerances: TypeAlias = float | PyTree[Float[Array, "..."]]
+Tolerances: TypeAlias = float | PyTree[float | Float[Array, "..."]]

@@ -1,8 +1,11 @@
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
@@ -10,6 +13,7 @@ from jaxtyping import PyTree
 from ._adjoint.neumann import NeumannAdjoint
 from ._custom_types import Y
 from ._misc import check_positive
+from ._parametrisation.base import resolve
 from ._parametrisation.bounded import BoundedSpectrum
 from ._residual.ode_block import ODEBlock
 from ._residual.theta import ThetaLayer
@@ -69,7 +73,7 @@ class FPResNet(eqx.Module):
         step_size: float = 1.0,
         *,
         lipschitz: float | None = None,
-        tolerance: float = 1e-6,
+        tolerance: float | None = None,
         stacked: bool = False,
         throw: bool = False,
     ):
@@ -83,8 +87,12 @@ class FPResNet(eqx.Module):
             default 1, for an [`eqimplicit.BoundedSpectrum`][]
             $\max(|\alpha|, |\beta|)$. It is not checked:
             [`eqimplicit.lipschitz_constant`][] estimates it.
-        - `tolerance`: to which residual, absolute and in the Euclidean norm, a layer is
-            solved, and the relative error of its gradient.
+        - `tolerance`: to which residual a layer is solved, in the root mean square over
+            the unknowns, and for a `step_size` below one times that, since the errors
+            of all steps add up; and the relative error of its gradient. Rounding is put
+            up with besides. By default 1e-10 in float64, 1e-6 in float32, and four
+            times the precision of the numbers below: those of the field's arrays, or
+            JAX's default precision if it has none.
         - `stacked`: whether every layer has parameters of its own, so that every array
             of the field has a leading axis of length `num_steps`.
         - `throw`: whether to raise an error, at run time, if a solve has not finished.
@@ -92,9 +100,11 @@ class FPResNet(eqx.Module):
         **Raises:** a `ValueError` if $\theta h L$ is not below one, and as
         [`eqimplicit.ThetaLayer`][] and [`eqimplicit.ODEBlock`][].
         """
+        if tolerance is None:
+            tolerance = _default_tolerance(vector_field)
         check_positive("tolerance", tolerance)
         if lipschitz is None and isinstance(vector_field, BoundedSpectrum):
-            limits = vector_field.alpha, vector_field.beta
+            limits = resolve((vector_field.alpha, vector_field.beta))
             lipschitz = max(float(np.max(np.abs(limit))) for limit in limits)
         self.contraction = theta * step_size * (1.0 if lipschitz is None else lipschitz)
         self.tolerance = tolerance
@@ -106,31 +116,33 @@ class FPResNet(eqx.Module):
                 "`eqimplicit.with_spectral_norm`) and say so by `lipschitz`, or use an "
                 "`eqimplicit.ThetaLayer`, which needs no contraction."
             )
-        # A solve may start from a residual of a million.
-        solver = Picard(0.0, tolerance, norm=optx.two_norm)
+        atol = tolerance * min(1.0, step_size)
+        # Any relative tolerance below rounding means rounding.
+        solver = Picard(sys.float_info.min, atol, norm=optx.rms_norm)
         layer = ThetaLayer(
             vector_field,
             theta,
             step_size,
             solver=solver,
-            adjoint=NeumannAdjoint(max(1, self._num_factors(1.0))),
-            max_steps=self.max_evaluations(1e6),
+            adjoint=NeumannAdjoint(max(1, self._num_factors(1 / tolerance))),
+            # A solve may start from a residual of a million.
+            max_steps=2 + self._num_factors(1e6 / atol),
             throw=throw,
         )
         self.block = ODEBlock(layer, num_steps, stacked)
 
-    def _num_factors(self, size):
-        """How many contractions reduce the size to the tolerance."""
-        if size <= self.tolerance or self.contraction == 0:
-            return int(size > self.tolerance)
-        return math.ceil(math.log(self.tolerance / size) / math.log(self.contraction))
+    def _num_factors(self, reduction):
+        """How many contractions reduce a size by so much."""
+        if reduction <= 1 or self.contraction == 0:
+            return int(reduction > 1)
+        return math.ceil(-math.log(reduction) / math.log(self.contraction))
 
     def max_evaluations(self, residual: float) -> int:
         r"""The a-priori bound on the number of evaluations of a solve, given the
-        residual $\|f(z_1) - z_1\|_2$ of its initial guess. (A solve of more than a
-        million in residual may stop before, and says so.)
+        residual $\|f(z_1) - z_1\|$ of its initial guess, in the root mean square. (A
+        solve of more than a million in residual may stop before, and says so.)
         """
-        return 1 + max(0, self._num_factors(residual)) + 1
+        return 2 + self._num_factors(residual / self.block.layer.solver.atol)
 
     def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
         """As [`eqimplicit.ODEBlock`][], of which `block` is one: it has the trajectory
@@ -147,3 +159,10 @@ class FPResNet(eqx.Module):
         The state after the last layer.
         """
         return self.block(y0, t0, args)
+
+
+def _default_tolerance(vector_field):
+    arrays = jtu.tree_leaves(eqx.filter(vector_field, eqx.is_inexact_array))
+    dtype = arrays[0].dtype if arrays else jnp.zeros(()).dtype
+    eps = float(jnp.finfo(dtype).eps)
+    return max(1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-6, 4 * eps)

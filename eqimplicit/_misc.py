@@ -48,7 +48,7 @@ def at_most(bound: int, size: Any) -> int:
 
 
 def as_state(tree: PyTree[Any]) -> PyTree[Array]:
-    """With arrays in place of Python numbers, of which integers are no states."""
+    """With arrays in place of Python numbers."""
     return jtu.tree_map(jnp.asarray, tree)
 
 
@@ -74,6 +74,7 @@ def at_least_single(x: Any) -> Any:
 
 def ravel(tree: PyTree[Array]) -> tuple[Vector, Callable[[Vector], PyTree[Array]]]:
     """Flattens a pytree to a vector; a single leaf is only reshaped."""
+    tree = as_state(tree)
     leaves, treedef = jtu.tree_flatten(tree)
     if len(leaves) == 1:
         (leaf,) = leaves

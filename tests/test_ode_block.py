@@ -84,7 +84,7 @@ def test_the_program_does_not_grow_with_the_number_of_steps(getkey):
     def size(num_steps):
         block = eqi.ODEBlock(layer, num_steps)
         gradient = jax.grad(lambda y: jnp.sum(block(y)))
-        return str(jax.make_jaxpr(gradient)(jnp.ones(3))).count("\n")
+        return str(jax.make_jaxpr(gradient)(jnp.ones(3))).count(" = ")
 
     assert size(1000) == size(10)
 

@@ -159,7 +159,10 @@ def test_a_large_stiff_field_is_solved_by_damped_picard(theta, getkey):
         solution = layer.solve(y)
         return solution, jax.grad(lambda y: jnp.sum(jnp.sin(layer(y))))(y)
 
-    solution, gradient = run(eqi.ThetaLayer(field, theta, 0.1), y)
+    damped = eqi.Picard(1e-6, 1e-6, damping=field.damping(theta * 0.1))
+    adjoint = eqi.ImplicitAdjoint(eqi.FixedPointLinearSolver(damped))
+    layer = eqi.ThetaLayer(field, theta, 0.1, solver=damped, adjoint=adjoint)
+    solution, gradient = run(layer, y)
     newton = eqi.RootAsFixedPoint(optx.Newton(1e-12, 1e-12))
     exact, exact_gradient = run(eqi.ThetaLayer(field, theta, 0.1, solver=newton), y)
     assert solution.result == optx.RESULTS.successful

@@ -10,7 +10,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._layer.base import check_same_structure
-from .._misc import check_positive_int, state_dtype
+from .._misc import as_state, check_positive_int, state_dtype
+from .._parametrisation.base import resolve
 
 
 def convergence_history(
@@ -55,11 +56,12 @@ def convergence_history(
 
     def with_image(y, args):
         del args
-        image = fn(y)
+        image = as_state(fn(y))
         return image, image
 
+    solver, y0 = resolve(solver), as_state(y0)
     state_dtype(y0)
-    f_struct = jax.eval_shape(fn, y0)
+    f_struct, _ = jax.eval_shape(with_image, y0, None)
     check_same_structure("fn", f_struct, y0, "Change `fn` or `y0`.")
     init = solver.init(with_image, y0, None, options, f_struct, f_struct, no_tags)
     init, static = eqx.partition(init, eqx.is_array)

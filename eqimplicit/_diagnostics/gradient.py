@@ -196,6 +196,7 @@ def _num_products(adjoint, pull_back, cotangent):
     if isinstance(adjoint, PhantomAdjoint):
         return jnp.array(adjoint.num_steps - 1)
     if isinstance(adjoint, ImplicitAdjoint):
+        adjoint = resolve(adjoint)
         transposed = lambda w: (w**ω - pull_back(w)[0] ** ω).ω
         structure = jax.eval_shape(lambda: cotangent)
         operator = lx.FunctionLinearOperator(transposed, structure)

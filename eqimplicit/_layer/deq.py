@@ -8,10 +8,16 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._adjoint.implicit import ImplicitAdjoint
 from .._misc import as_state
 from .._parametrisation.base import resolve
 from .._parametrisation.untrained import untrained
 from .base import check_solve_arguments, solve_cell, SolveOptions
+
+
+def _adjoint(adjoint):
+    # It finds its own tolerance, and so needs no state to be chosen for.
+    return untrained(ImplicitAdjoint() if adjoint is None else adjoint)
 
 
 class DEQ(eqx.Module):
@@ -45,7 +51,7 @@ class DEQ(eqx.Module):
     solver: optx.AbstractFixedPointSolver | None = eqx.field(
         default=None, converter=untrained
     )
-    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, converter=untrained)
+    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, converter=_adjoint)
     max_steps: int = eqx.field(default=100, static=True)
     throw: bool = eqx.field(default=False, static=True)
     init: Callable | None = None

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .base import resolve
+from .untrained import Untrained, untrained
+
 
 class BoundedSpectrum(eqx.Module):
     r"""A vector field whose Jacobian has all its eigenvalues in the disc around
@@ -38,8 +41,8 @@ class BoundedSpectrum(eqx.Module):
     """
 
     vector_field: Callable
-    alpha: float | Float[Array, ""]
-    beta: float | Float[Array, ""]
+    alpha: float | Float[Array, ""] | Untrained = eqx.field(converter=untrained)
+    beta: float | Float[Array, ""] | Untrained = eqx.field(converter=untrained)
     scale: PyTree[Float[Array, "..."]] | None = None
 
     def __check_init__(self):
@@ -70,7 +73,7 @@ class BoundedSpectrum(eqx.Module):
         if self.scale is not None:
             gate = jtu.tree_map(jax.nn.sigmoid, self.scale)
             value = jtu.tree_map(jnp.multiply, gate, value)
-        alpha, beta = lax.stop_gradient((self.alpha, self.beta))
+        alpha, beta = lax.stop_gradient(resolve((self.alpha, self.beta)))
         centre, radius = (alpha + beta) / 2, (beta - alpha) / 2
         return jtu.tree_map(
             lambda a, b: (
@@ -91,17 +94,8 @@ class BoundedSpectrum(eqx.Module):
         $w (\beta - \alpha) / 2 / (1 - w (\alpha + \beta) / 2)$, which is below one
         if $w \beta < 1$.
         """
-        return 1 / (1 - weight * (self.alpha + self.beta) / 2)
-
-    def contracts(self, weight: Any) -> bool:
-        """Whether every step of this iteration is known to reduce the error by a
-        quarter at least: so only for Python numbers.
-        """
-        numbers = weight, self.alpha, self.beta
-        if not all(isinstance(x, float | int) for x in numbers):
-            return False
-        centre, radius = (self.alpha + self.beta) / 2, (self.beta - self.alpha) / 2
-        return abs(weight) * radius <= 0.75 * (1 - weight * centre)
+        alpha, beta = resolve((self.alpha, self.beta))
+        return 1 / (1 - weight * (alpha + beta) / 2)
 
 
 BoundedSpectrum.__init__.__doc__ = r"""**Arguments:**
@@ -110,7 +104,8 @@ BoundedSpectrum.__init__.__doc__ = r"""**Arguments:**
     1-Lipschitz in `y` already, e.g. by [`eqimplicit.with_spectral_norm`][]: this is not
     checked.
 - `alpha`, `beta`: $\alpha$ and $\beta$, not below $\alpha$. Python floats, or scalar
-    arrays (one for each of stacked layers), which have no gradient.
+    arrays (one for each of stacked layers), which are not trained: they are held as
+    [`eqimplicit.Untrained`][].
 - `scale`: $\vartheta$, a pytree of the structure and shapes of the state (or that
     broadcast to them), which is trained with the model; `None` means $S = 1$.
 

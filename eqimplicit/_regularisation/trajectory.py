@@ -8,7 +8,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._misc import check_positive_int, ravel
+from .._misc import as_state, check_positive_int, ravel
 from .._parametrisation.bounded import BoundedSpectrum
 from .._parametrisation.spectrum import SpectralNorm
 from .._residual.ode_block import ODEBlock
@@ -238,6 +238,7 @@ def total_derivative(
     lower = total_derivative(vector_field, order - 1)
 
     def derivative(t, y, args=None):
+        y = as_state(y)
         dtype = jtu.tree_leaves(y)[0].dtype
         t = jnp.asarray(t, dtype)
         velocity = jnp.ones_like(t), vector_field(t, y, args)

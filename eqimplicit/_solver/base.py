@@ -89,7 +89,8 @@ def _scale(difference, scale):
 def init_measurement(y: PyTree[Array]) -> Measurement:
     # Nothing was evaluated yet: neither converged, nor (as infinity would) diverged.
     dtype = accumulation_dtype(state_dtype(y))
-    largest = jnp.array(jnp.finfo(dtype).max, dtype)
+    # Made from the state, so that inside `jax.shard_map` it varies as that does.
+    largest = jnp.full_like(ravel(y)[0], jnp.finfo(dtype).max, dtype, shape=())
     return Measurement(error=largest, residual=largest)
 
 
@@ -269,13 +270,15 @@ class AbstractSecantIteration(
         check_positive("damping", self.damping)
 
     def init_history(self, z: Vector) -> SecantHistory:
-        buffer = jnp.zeros((self.history_size, z.size), z.dtype)
+        buffer = jnp.zeros_like(z, shape=(self.history_size, z.size))
         return SecantHistory(
             step=jnp.zeros_like(z),
             residual=jnp.zeros_like(z),
             tests=buffer,
             mixed=buffer,
-            inverse=jnp.zeros((self.history_size,) * 2, accumulation_dtype(z.dtype)),
+            inverse=jnp.zeros_like(
+                z, accumulation_dtype(z.dtype), (self.history_size,) * 2
+            ),
             num_steps=jnp.array(0),
         )
 
