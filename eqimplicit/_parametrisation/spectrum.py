@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._misc import check_positive, check_positive_int, two_norm
-from .base import AbstractParametrisation
+from .._misc import accumulation_dtype, check_positive, check_positive_int, two_norm
+from .base import AbstractParametrisation, resolve
 
 
 class SpectralNorm(AbstractParametrisation):
@@ -22,16 +24,18 @@ class SpectralNorm(AbstractParametrisation):
     The operator is the true one: for a convolution, on images of the given size with
     the zeros padded, not its kernel as a matrix.
 
-    $\sigma$ is estimated by `num_steps` steps of a power iteration from the vector that
-    the node holds (Algorithm 1 of the paper). Resolving never changes this vector, so
-    that inference is a function of its input;
+    $\sigma$ is estimated by `num_steps` steps of an iteration from the vector $v$ that
+    the node holds. Each goes to the best vector of the plane of $v$ and $W^\top W v$
+    (and the last one to $W^\top W v$ itself), so that it finds no less than a step of
+    the power iteration (Algorithm 1 of the paper) does. Resolving never changes this
+    vector, so that inference is a function of its input;
     [`eqimplicit.advance_spectral_norms`][] after each step of the optimiser keeps it
     up with the weight. The gradient passes through $\sigma$, not through the vector.
     (Decoupled weight decay changes only its length, which does not matter. Decay that
     is added to the gradient before Adam's scaling turns it a little.)
 
-    The estimate is never above $\sigma$; it tends to it geometrically, as the square of
-    the ratio of the two largest singular values.
+    The estimate is never above $\sigma$; it tends to it geometrically, at least as the
+    fourth power of the ratio of the two largest singular values.
 
     Costs, each time the node is resolved, `num_steps + 1` products with the operator
     and `num_steps` with its transpose.
@@ -59,15 +63,16 @@ class SpectralNorm(AbstractParametrisation):
         ```
     """
 
-    weight: Float[Array, "..."]
+    weight: Float[Array, "..."] | AbstractParametrisation
     vector: Float[Array, "..."]
     bound: float | Float[Array, ""]
     operator: Callable = eqx.field(static=True)
+    input_shape: tuple[int, ...] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
 
     def __init__(
         self,
-        weight: Float[Array, "..."],
+        weight: Float[Array, "..."] | AbstractParametrisation,
         bound: float | Float[Array, ""] = 1.0,
         *,
         operator: Callable | None = None,
@@ -77,7 +82,8 @@ class SpectralNorm(AbstractParametrisation):
     ):
         """**Arguments:**
 
-        - `weight`: the weight to normalise.
+        - `weight`: the weight to normalise, or another parametrisation that stands for
+            it, e.g. an [`eqimplicit.WeightNorm`][].
         - `bound`: the largest norm $b$ that it may have.
         - `operator`: a function `operator(weight, x)`, linear in `x`; by default
             `weight @ x`. Hashable, if the layer is to be used under `jax.jit`.
@@ -93,43 +99,98 @@ class SpectralNorm(AbstractParametrisation):
         """
         check_positive("bound", bound)
         check_positive_int("num_steps", num_steps)
-        if operator is None and input_shape is None and weight.ndim == 2:
-            operator, input_shape = jnp.matmul, weight.shape[1:]
+        array = resolve(weight)
+        if operator is None and input_shape is None and array.ndim == 2:
+            operator, input_shape = jnp.matmul, array.shape[1:]
         if operator is None or input_shape is None:
             raise ValueError(
                 "`operator` and `input_shape` must both be given, unless `weight` is a "
-                f"matrix. Got a weight of shape {weight.shape}."
+                f"matrix. Got a weight of shape {array.shape}."
             )
         self.weight = weight
-        self.vector = jr.normal(key, input_shape, weight.dtype)
+        self.vector = jr.normal(key, input_shape, array.dtype)
         self.bound = bound
         self.operator = operator
+        self.input_shape = tuple(input_shape)
         self.num_steps = num_steps
-        self.vector = self.singular_vector(100 * num_steps)
-
-    def singular_vector(self, num_steps: int) -> Float[Array, "..."]:
-        """The vector, of unit length, after so many steps of the power iteration."""
-        product = lambda v: self.operator(self.weight, v)
-        transposed = jax.linear_transpose(product, self.vector)
-
-        def step(_, v):
-            # Twice, since the square of a small weight may underflow.
-            (v,) = transposed(_normalise(product(v)))
-            return _normalise(v)
-
-        start = _normalise(self.vector)
-        return lax.stop_gradient(lax.fori_loop(0, num_steps, step, start))
+        self.vector = _advanced_vector(self, 100 * num_steps)
 
     def resolve(self) -> Float[Array, "..."]:
-        vector = self.singular_vector(self.num_steps)
-        norm = two_norm(self.operator(self.weight, vector))
-        factor = jnp.maximum(1, norm / lax.stop_gradient(self.bound))
-        return self.weight / factor.astype(self.weight.dtype)
+        return _map_stacked(_normalised_weight, self)
 
 
-def _normalise(v):
-    norm = two_norm(v)
-    return v / jnp.where(norm > 0, norm, 1).astype(v.dtype)
+def _map_stacked(fn, node):
+    """`fn(node)`, or of each of the nodes that are stacked in one."""
+    for _ in range(node.vector.ndim - len(node.input_shape)):
+        fn = eqx.filter_vmap(fn)
+    return fn(node)
+
+
+def _normalised_weight(node):
+    weight, (product, transposed) = resolve(node.weight), _products(node)
+    start = _normalise(lax.stop_gradient(node.vector))
+    _, image = _ascend(product, transposed, start, node.num_steps - 1)
+    vector = _normalise(transposed(_normalise(image))).astype(weight.dtype)
+    norm = two_norm(node.operator(weight, vector))
+    factor = jnp.maximum(1, norm / lax.stop_gradient(node.bound))
+    return weight / factor.astype(weight.dtype)
+
+
+def _advanced_vector(node, num_steps):
+    # The iteration never leaves an invariant subspace, such as that of the entries
+    # which are not zero if the weight is diagonal, though the weight may have grown
+    # beyond it. What is added to leave it changes the estimate by its square: rounding.
+    vector = _normalise(node.vector)
+    direction = _normalise(jr.normal(jr.key(0), vector.shape, vector.dtype))
+    size = math.sqrt(jnp.finfo(node.vector.dtype).eps)
+    start = _normalise(vector + size * direction)
+    vector, _ = _ascend(*_products(node), start, num_steps)
+    return vector.astype(node.vector.dtype)
+
+
+def _products(node):
+    """With the operator and with its transpose, of vectors in at least float32."""
+    weight = lax.stop_gradient(resolve(node.weight))
+    dtype = accumulation_dtype(weight.dtype)
+
+    def product(v):
+        return node.operator(weight, v.astype(weight.dtype)).astype(dtype)
+
+    transpose = jax.linear_transpose(
+        product, jax.ShapeDtypeStruct(node.input_shape, dtype)
+    )
+    return product, lambda image: transpose(image)[0]
+
+
+def _ascend(product, transposed, vector, num_steps):
+    """Steps that each go from a vector of unit length to the one with the largest image
+    in the plane in which this grows the fastest. Also returns the image.
+    """
+
+    def step(_, carry):
+        vector, image = carry
+        other = _normalise(transposed(_normalise(image)))
+        # Twice, since of a vector that has converged only rounding remains.
+        other = _normalise(other - jnp.sum(vector * other) * vector)
+        other = other - jnp.sum(vector * other) * vector
+        pair = other, product(other)
+        a, b = _normalise((image, pair[1]))
+        angle = jnp.arctan2(2 * jnp.sum(a * b), jnp.sum(a * a) - jnp.sum(b * b)) / 2
+        cosine, sine = jnp.cos(angle), jnp.sin(angle)
+        best = jtu.tree_map(lambda x, y: cosine * x + sine * y, carry, pair)
+        return _divide(best, two_norm(best[0]))
+
+    return lax.fori_loop(0, num_steps, step, (vector, product(vector)))
+
+
+def _normalise(tree):
+    # Before it is squared, since the square of a small weight may underflow.
+    return _divide(tree, two_norm(tree))
+
+
+def _divide(tree, norm):
+    norm = jnp.where(norm > 0, norm, 1)
+    return jtu.tree_map(lambda x: x.astype(norm.dtype) / norm, tree)
 
 
 def _is_spectral_norm(node):
@@ -137,11 +198,15 @@ def _is_spectral_norm(node):
 
 
 def advance_spectral_norms(tree: PyTree[Any], num_steps: int = 1) -> PyTree[Any]:
-    """Takes steps of the power iteration of every [`eqimplicit.SpectralNorm`][] in a
-    model, so that its estimate keeps up with a weight that is trained. Call it once
-    after each step of the optimiser, never at inference.
+    """Takes steps of the iteration of every [`eqimplicit.SpectralNorm`][] in a model,
+    so that its estimate keeps up with a weight that is trained. Call it once after each
+    step of the optimiser, never at inference.
 
-    For stacked layers, apply it under `equinox.filter_vmap`.
+    Stacked layers, as `equinox.filter_vmap` of a constructor makes them, are advanced
+    each.
+
+    Costs `num_steps + 1` products with each operator and `num_steps` with its
+    transpose.
 
     **Arguments:**
 
@@ -157,9 +222,21 @@ def advance_spectral_norms(tree: PyTree[Any], num_steps: int = 1) -> PyTree[Any]
     def advance(node):
         if not _is_spectral_norm(node):
             return node
-        return eqx.tree_at(lambda n: n.vector, node, node.singular_vector(num_steps))
+        vector = _map_stacked(lambda n: _advanced_vector(n, num_steps), node)
+        return eqx.tree_at(lambda n: n.vector, node, vector)
 
     return jtu.tree_map(advance, tree, is_leaf=_is_spectral_norm)
+
+
+# What scales and shifts, or looks up, and what would undo a normalisation.
+_LEFT_ALONE = (
+    eqx.nn.LayerNorm,
+    eqx.nn.GroupNorm,
+    eqx.nn.RMSNorm,
+    eqx.nn.BatchNorm,
+    eqx.nn.Embedding,
+)
+_RESCALING = eqx.nn.WeightNorm, eqx.nn.SpectralNorm
 
 
 def with_spectral_norm(
@@ -172,10 +249,15 @@ def with_spectral_norm(
 ) -> PyTree[Any]:
     """Puts a [`eqimplicit.SpectralNorm`][] in place of the weight of every affine layer
     of a model: every Module with a `weight` of two or more axes, such as
-    [`equinox.nn.Linear`][] and [`equinox.nn.Conv2d`][].
+    [`equinox.nn.Linear`][], [`equinox.nn.Conv2d`][] or one of yours, but for
+    Equinox's normalisations and embeddings, which are left as they are.
 
     A composition of such layers with activations of slope at most one is Lipschitz with
     the product of the bounds.
+
+    A weight that is another parametrisation already, e.g. an
+    [`eqimplicit.WeightNorm`][], is normalised as what it stands for. One that is an
+    [`eqimplicit.SpectralNorm`][] is replaced by one with the new bound.
 
     **Arguments:**
 
@@ -190,39 +272,72 @@ def with_spectral_norm(
 
     The model.
 
-    **Raises:** a `ValueError` if `input_shape` is needed and not given.
+    **Raises:** a `ValueError` if `input_shape` is needed and not given, if a Module
+    with such a weight is not affine in its input, or if the layers are stacked: those
+    need `equinox.filter_vmap`.
     """
 
-    def is_affine(node):
-        return (
-            isinstance(node, eqx.Module)
-            and getattr(getattr(node, "weight", None), "ndim", 0) > 1
-        )
-
     def replace(node, key):
-        if not is_affine(node):
+        if isinstance(node, _LEFT_ALONE) or not _is_layer(node):
             return node
-        if isinstance(node, eqx.nn.Linear):
-            norm = SpectralNorm(node.weight, bound, num_steps=num_steps, key=key)
-        elif input_shape is None:
+        operator = shape = None
+        if not isinstance(node, eqx.nn.Linear):
+            operator, shape = _linear_part(node, input_shape), input_shape
+        elif resolve(node.weight).ndim > 2:
             raise ValueError(
-                f"`input_shape` must be given for {type(node).__name__}: the norm of "
-                "its operator depends on it."
+                "`tree` must not consist of stacked layers. Put `eqx.filter_vmap` "
+                "around `with_spectral_norm`, or around what makes a layer with it."
             )
-        else:
-            norm = SpectralNorm(
-                node.weight,
-                bound,
-                operator=_LinearPart(eqx.filter_eval_shape(lambda: node)),
-                input_shape=input_shape,
-                num_steps=num_steps,
-                key=key,
-            )
+        weight = node.weight
+        norm = SpectralNorm(
+            weight.weight if isinstance(weight, SpectralNorm) else weight,
+            bound,
+            operator=operator,
+            input_shape=shape,
+            num_steps=num_steps,
+            key=key,
+        )
         return eqx.tree_at(lambda n: n.weight, node, norm)
 
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_affine)
+    is_leaf = lambda x: isinstance(x, AbstractParametrisation) or _is_layer(x)
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_leaf)
     keys = jr.split(key, len(leaves))
     return treedef.unflatten([replace(x, k) for x, k in zip(leaves, keys)])
+
+
+def _is_layer(node):
+    """Whether it is a Module with a weight of two or more axes."""
+    if not isinstance(node, eqx.Module) or isinstance(node, AbstractParametrisation):
+        return False
+    if isinstance(node, _RESCALING):
+        raise ValueError(
+            f"`tree` must not contain `eqx.nn.{type(node).__name__}`, which rescales "
+            "the weight that is to be bounded. Use the layer inside it."
+        )
+    return getattr(resolve(getattr(node, "weight", None)), "ndim", 0) > 1
+
+
+def _linear_part(layer, input_shape):
+    """The operator of an affine layer."""
+    name = type(layer).__name__
+    if input_shape is None:
+        raise ValueError(
+            f"`input_shape` must be given for {name}: the norm of its operator depends "
+            "on it."
+        )
+    layer = eqx.tree_at(lambda n: n.weight, layer, resolve(layer.weight))
+    derivative = lambda x, t: jax.jvp(layer, (x,), (t,))[1]
+    x = jax.ShapeDtypeStruct(input_shape, layer.weight.dtype)
+    jaxpr = jax.make_jaxpr(derivative)(x, x).jaxpr
+    # It is affine if its derivative does not depend on where it is taken.
+    _, (is_used, _) = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if is_used:
+        raise ValueError(
+            f"{name} has a `weight` and is not affine in its input, so that it has no "
+            "norm to bound. Use `with_spectral_norm` on those parts of the model that "
+            "are affine."
+        )
+    return _LinearPart(eqx.filter_eval_shape(lambda: layer))
 
 
 class _LinearPart(eqx.Module):
