@@ -241,7 +241,7 @@ _RESCALING = eqx.nn.WeightNorm, eqx.nn.SpectralNorm
 
 def with_spectral_norm(
     tree: PyTree[Any],
-    bound: float = 1.0,
+    bound: float | Float[Array, ""] = 1.0,
     *,
     input_shape: tuple[int, ...] | None = None,
     num_steps: int = 5,
