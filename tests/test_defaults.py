@@ -191,13 +191,15 @@ def test_an_input_that_is_not_a_number_has_no_answer(name, adjoint, getkey):
     xs = jr.normal(getkey(), (3, 4)).at[1, 2].set(jnp.nan)
     solver = SOLVERS[name](1e-6, 1e-6)
     layer = eqi.DEQ(Cell(weight), solver, ADJOINTS[adjoint])
-    plain = lambda x: optx.fixed_point(
-        layer.cell, solver, jnp.zeros(4), x, adjoint=ADJOINTS[adjoint], throw=False
+    plain = lambda x: (
+        optx.fixed_point(
+            layer.cell, solver, jnp.zeros(4), x, adjoint=ADJOINTS[adjoint], throw=False
+        ).value
     )
 
     @eqx.filter_jit
     def run(xs):
-        return jax.vmap(layer.solve)(xs), jax.vmap(plain)(xs).value
+        return jax.vmap(layer.solve)(xs), jax.vmap(plain)(xs)
 
     solution, values = run(xs)
     others = jnp.array([0, 2])

@@ -69,9 +69,9 @@ def test_a_solve_has_one_product_in_its_program(getkey, name):
 
 
 PRODUCTS = {
-    # the loop of the solver; the evaluation that goes with the tangent of the arguments,
-    # and the linearisation, which the compiler merges; and the products with the
-    # transpose of J: none, one in a loop, one per step, one in each of two loops
+    # the loop of the solver; the evaluation that goes with the tangent of the
+    # arguments, and the linearisation, which the compiler merges; and the products with
+    # the transpose of J: none, one in a loop, one per step, one in each of two loops
     "JFB": 1 + 1 + 0,
     "Neumann": 1 + 2 + 1,
     "Phantom": 1 + 5 + 4,

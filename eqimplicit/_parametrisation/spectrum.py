@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._misc import accumulation_dtype, check_positive, check_positive_int, two_norm
 from .base import AbstractParametrisation, resolve
+from .untrained import Untrained, untrained
 
 
 class SpectralNorm(AbstractParametrisation):
@@ -65,7 +66,7 @@ class SpectralNorm(AbstractParametrisation):
 
     weight: Float[Array, "..."] | AbstractParametrisation
     vector: Float[Array, "..."]
-    bound: float | Float[Array, ""]
+    bound: float | Untrained
     operator: Callable = eqx.field(static=True)
     input_shape: tuple[int, ...] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
@@ -84,7 +85,8 @@ class SpectralNorm(AbstractParametrisation):
 
         - `weight`: the weight to normalise, or another parametrisation that stands for
             it, e.g. an [`eqimplicit.WeightNorm`][].
-        - `bound`: the largest norm $b$ that it may have.
+        - `bound`: the largest norm $b$ that it may have. It is not trained: an array
+            is held as an [`eqimplicit.Untrained`][].
         - `operator`: a function `operator(weight, x)`, linear in `x`; by default
             `weight @ x`. Hashable, if the layer is to be used under `jax.jit`.
         - `input_shape`: the shape of `x`; by default that of a matrix's input.
@@ -109,7 +111,7 @@ class SpectralNorm(AbstractParametrisation):
             )
         self.weight = weight
         self.vector = jr.normal(key, input_shape, array.dtype)
-        self.bound = bound
+        self.bound = untrained(bound)
         self.operator = operator
         self.input_shape = tuple(input_shape)
         self.num_steps = num_steps
