@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._layer.base import evaluate_cell
 from .._misc import check_positive, check_positive_int, ravel, two_norm
@@ -16,8 +16,8 @@ from .._parametrisation.base import resolve
 
 
 def contraction_factor(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_samples: int = 1,

@@ -7,7 +7,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._layer.base import check_same_structure
 from .._misc import as_state, check_positive_int, state_dtype
@@ -15,8 +15,8 @@ from .._parametrisation.base import resolve
 
 
 def convergence_history(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y0: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y0: PyTree[ArrayLike],
     solver: optx.AbstractFixedPointSolver,
     *,
     num_steps: int,

@@ -4,14 +4,14 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._misc import accumulation_dtype, check_positive_int, ravel, two_norm
 
 
 def spectral_norm(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_steps: int = 30,
@@ -52,8 +52,8 @@ def spectral_norm(
 
 
 def spectral_radius(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_steps: int = 50,
@@ -114,7 +114,7 @@ def spectral_radius(
 
 
 def lipschitz_constant(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
     ys: PyTree[Array],
     *,
     key: PRNGKeyArray,

@@ -3,14 +3,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._misc import check_positive_int, ravel
 
 
 def divergence_and_frobenius(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_samples: int = 1,
@@ -58,8 +58,8 @@ def divergence_and_frobenius(
 
 
 def divergence(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_samples: int = 1,
@@ -76,8 +76,8 @@ def divergence(
 
 
 def jacobian_frobenius(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_samples: int = 1,
@@ -95,8 +95,8 @@ def jacobian_frobenius(
 
 
 def jacobian_diagonal(
-    fn: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
+    fn: Callable[[PyTree[Array]], PyTree[ArrayLike]],
+    y: PyTree[ArrayLike],
     *,
     key: PRNGKeyArray,
     num_samples: int = 1,

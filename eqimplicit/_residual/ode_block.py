@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .._custom_types import Y
 from .._misc import as_state, at_least_single, check_positive_int, ravel
@@ -79,7 +79,7 @@ class ODEBlock(eqx.Module):
         return _call(self, run, y0, as_time(t0), args)
 
     def trajectory(
-        self, y0: PyTree[Array], t0: Any = 0.0, args: PyTree[Any] = None
+        self, y0: PyTree[ArrayLike], t0: Any = 0.0, args: PyTree[Any] = None
     ) -> PyTree[Array]:
         """As calling the block, but returns the states at `times(t0)`: with a leading
         axis of length `num_steps + 1`, the initial state first.
@@ -87,7 +87,7 @@ class ODEBlock(eqx.Module):
         return self.solve(y0, t0, args).value
 
     def solve(
-        self, y0: PyTree[Array], t0: Any = 0.0, args: PyTree[Any] = None
+        self, y0: PyTree[ArrayLike], t0: Any = 0.0, args: PyTree[Any] = None
     ) -> optx.Solution:
         """As calling the block, but returns a [`optimistix.Solution`][]: `value` is the
         trajectory; `result` and `stats` are those of the steps, with a leading axis of
@@ -96,7 +96,7 @@ class ODEBlock(eqx.Module):
         return _solve(self, y0, as_time(t0), args)
 
     def inputs(
-        self, y0: PyTree[Array], t0: Any, args: PyTree[Any]
+        self, y0: PyTree[ArrayLike], t0: Any, args: PyTree[Any]
     ) -> tuple[PyTree[Any], ...]:
         """What is scanned over: the arrays of each layer, and the rest, the initial
         state, the times, and `args`. A layer that is repeated is resolved only once.
@@ -159,7 +159,7 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     `num_steps`, and about twice the work. For layers that step backwards as stably as
     forwards, such as those with theta = 1/2; a dissipative field is unstable backwards,
     the more the stiffer. If the way back misses the initial value of any unknown by
-    more than a hundredth of the largest that it has been, the gradient is NaN. Reverse
+    more than a thousandth of the largest that it has been, the gradient is NaN. Reverse
     mode only, of the first order, and with respect to the block, `y0`, `t0` and `args`:
     what the vector field closes over must not be traced.
 
@@ -289,7 +289,7 @@ def _largest(a, b):
 
 
 def _is_lost(y, y0, sizes, num_steps):
-    """Whether any unknown has missed its initial value by more than a hundredth of the
+    """Whether any unknown has missed its initial value by more than a thousandth of the
     largest that it has been, and by more than the roundings of all steps explain.
     """
     missed, sizes = (
@@ -297,4 +297,4 @@ def _is_lost(y, y0, sizes, num_steps):
     )
     rounding = float(jnp.finfo(sizes.dtype).eps) * num_steps**0.5 * jnp.max(sizes)
     # NaN compares false.
-    return ~jnp.all(jnp.abs(missed) <= 0.01 * sizes + rounding)
+    return ~jnp.all(jnp.abs(missed) <= 1e-3 * sizes + rounding)
