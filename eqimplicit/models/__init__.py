@@ -24,4 +24,5 @@ from .multiscale import (
     MDEQHead as MDEQHead,
     ZeroBranches as ZeroBranches,
 )
+from .starter import ConvCell as ConvCell, DenseCell as DenseCell
 from .svhn import jfb_svhn as jfb_svhn, ResNetEncoder as ResNetEncoder
