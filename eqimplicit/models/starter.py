@@ -17,7 +17,6 @@ def _contraction(layer, axis):
     over all that goes into one output. A weight that does is not changed.
     """
     sums = jnp.sum(jnp.abs(layer.weight), axis, keepdims=True)
-    # 0.9**100 is 3e-5: even Picard meets the default tolerance in the default steps.
     weight = layer.weight / jnp.maximum(1, sums / 0.9)
     return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
