@@ -158,15 +158,17 @@ def _largest_norm(matrices):
 
 
 @pytest.mark.parametrize("name", _TRAININGS)
-@pytest.mark.parametrize("num_steps", (1, 5))
-@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32, jnp.float64))
-def test_the_bound_holds_while_a_weight_moves(name, num_steps, dtype, getkey):
+@pytest.mark.parametrize(
+    "dtype, num_steps", ((jnp.float64, 5), (jnp.float32, 1), (jnp.bfloat16, 5))
+)
+def test_the_bound_holds_while_a_weight_moves(name, dtype, num_steps, getkey):
     first, last = _TRAININGS[name](getkey())
     node = eqi.SpectralNorm(first.astype(dtype), 0.1, num_steps=num_steps, key=getkey())
-    num_changes = 1 if name == "at once" else 100
-    _, resolved = _train(node, first, last, num_changes, num_steps=120)
-    # A weight that grows from nothing turns fast at first.
-    slack = 0.1 if name == "from zero" else 0.03
+    num_changes = 1 if name == "at once" else 400
+    _, resolved = _train(node, first, last, num_changes, num_steps=450)
+    # One of many directions that overtakes from nothing is seen a few steps late, and
+    # in half precision directions themselves are known to a hundredth.
+    slack = 0.1 if name == "blocks" or dtype == jnp.bfloat16 else 0.04
     assert _largest_norm(resolved) <= 0.1 * (1 + slack)
     rounding = float(jnp.finfo(dtype).eps) + 1e-6
     assert np.isclose(_largest_norm(resolved[-1]), 0.1, rtol=4 * rounding)
@@ -182,7 +184,7 @@ def test_the_bound_of_a_kernel_holds_while_it_moves(getkey):
     last = 2 * jnp.outer(signs, signs).reshape(3, 3, 1, 1)
     conv = eqx.tree_at(lambda c: c.weight, conv, first)
     normed = eqi.with_spectral_norm(conv, 0.5, input_shape=shape, key=getkey())
-    _, kernels = _train(normed.weight, first, last, 100, num_steps=120)
+    _, kernels = _train(normed.weight, first, last, 400, num_steps=450)
 
     @jax.jit
     def matrices(kernels):
@@ -190,7 +192,7 @@ def test_the_bound_of_a_kernel_holds_while_it_moves(getkey):
         return jax.vmap(of)(kernels)
 
     norms = np.linalg.norm(matrices(kernels), 2, (1, 2))
-    assert np.max(norms) <= 0.5 * 1.03
+    assert np.max(norms) <= 0.5 * 1.1
     assert np.isclose(norms[-1], 0.5, rtol=1e-6)
 
 

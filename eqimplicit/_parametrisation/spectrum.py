@@ -204,6 +204,10 @@ def advance_spectral_norms(tree: PyTree[Any], num_steps: int = 1) -> PyTree[Any]
     so that its estimate keeps up with a weight that is trained. Call it once after each
     step of the optimiser, never at inference.
 
+    A direction that the weight did not have before is found as well; while it overtakes
+    the others, the norm may be a few hundredths above the bound, or a tenth if the
+    weight changes fast.
+
     Stacked layers, as `equinox.filter_vmap` of a constructor makes them, are advanced
     each.
 
