@@ -2,6 +2,8 @@
 what stands in for it, every derivative is S df/dtheta.
 """
 
+import itertools
+import math
 import re
 
 import equinox as eqx
@@ -484,6 +486,64 @@ def test_pytree_states_and_closures_over_traced_parameters(name):
     found = jax.jit(jax.grad(loss))((weight, x))
     expected = linear_algebra((weight, x), g, INVERSES[name])
     assert relative_error(found, expected) < 1e-10
+
+
+LEAVES = {"two leaves": ((2,), (2, 2)), "three leaves": ((2,), (3, 1), ())}
+PATTERNS = [
+    pytest.param(shapes, pattern, id=f"{count}-{pattern}")
+    for count, shapes in LEAVES.items()
+    for pattern in itertools.product((0, 1), repeat=len(shapes))
+]
+
+
+def split(vector, shapes):
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [part.reshape(s) for part, s in zip(jnp.split(vector, ends), shapes)]
+
+
+def join(leaves):
+    return jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+
+
+@pytest.mark.parametrize("shapes, pattern", PATTERNS)
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_what_is_differentiated_may_enter_any_of_the_leaves(name, shapes, pattern):
+    (weight, x), g = problem()
+    constants = split(x, shapes)
+    direction = jr.normal(jr.key(3), (SIZE,))
+
+    def fn(z, xs):
+        # Nothing is masked, so that JAX knows which leaves depend on `xs`.
+        shifts = [xs[i] if pattern[i] else constants[i] for i in range(len(shapes))]
+        image = split(weight @ join(z), shapes)
+        return [jnp.tanh(a + b) for a, b in zip(image, shifts)]
+
+    def solve(xs):
+        z0 = split(jnp.zeros(SIZE), shapes)
+        return value(xs, ADJOINTS[name](), TIGHT, fn, z0)
+
+    def loss_of(leaves):
+        weights = split(g, shapes)
+        return lambda xs: sum(jnp.vdot(weights[i], solve(xs)[i]) for i in leaves)
+
+    @jax.jit
+    def derivatives(xs):
+        _, tangent = jax.jvp(solve, (xs,), (split(direction, shapes),))
+        of_first, of_all = (
+            jax.grad(loss_of(leaves))(xs) for leaves in ([0], range(len(shapes)))
+        )
+        return join(tangent), join(of_first), join(of_all)
+
+    _, jacobian, (_, jacobian_x) = solution((weight, x))
+    owner = jnp.repeat(jnp.arange(len(shapes)), jnp.array([*map(math.prod, shapes)]))
+    enters = jnp.diag(jnp.array(pattern, float)[owner])
+    expected = INVERSES[name](jacobian) @ jacobian_x @ enters
+    tangent, of_first, of_all = derivatives(constants)
+    assert jnp.allclose(tangent, expected @ direction, rtol=0, atol=1e-10)
+    assert jnp.allclose(
+        of_first, jnp.where(owner == 0, g, 0) @ expected, rtol=0, atol=1e-10
+    )
+    assert jnp.allclose(of_all, g @ expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ADJOINTS)
