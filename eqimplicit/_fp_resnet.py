@@ -64,6 +64,7 @@ class FPResNet(eqx.Module):
     block: ODEBlock
     contraction: float = eqx.field(static=True)
     tolerance: float = eqx.field(static=True)
+    _atol: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -116,9 +117,9 @@ class FPResNet(eqx.Module):
                 "`eqimplicit.with_spectral_norm`) and say so by `lipschitz`, or use an "
                 "`eqimplicit.ThetaLayer`, which needs no contraction."
             )
-        atol = tolerance * min(1.0, step_size)
+        self._atol = tolerance * min(1.0, step_size)
         # Any relative tolerance below rounding means rounding.
-        solver = Picard(sys.float_info.min, atol, norm=optx.rms_norm)
+        solver = Picard(sys.float_info.min, self._atol, norm=optx.rms_norm)
         layer = ThetaLayer(
             vector_field,
             theta,
@@ -126,7 +127,7 @@ class FPResNet(eqx.Module):
             solver=solver,
             adjoint=NeumannAdjoint(max(1, self._num_factors(1 / tolerance))),
             # A solve may start from a residual of a million.
-            max_steps=2 + self._num_factors(1e6 / atol),
+            max_steps=2 + self._num_factors(1e6 / self._atol),
             throw=throw,
         )
         self.block = ODEBlock(layer, num_steps, stacked)
@@ -142,7 +143,7 @@ class FPResNet(eqx.Module):
         residual $\|f(z_1) - z_1\|$ of its initial guess, in the root mean square. (A
         solve of more than a million in residual may stop before, and says so.)
         """
-        return 2 + self._num_factors(residual / self.block.layer.solver.atol)
+        return 2 + self._num_factors(residual / self._atol)
 
     def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
         """As [`eqimplicit.ODEBlock`][], of which `block` is one: it has the trajectory

@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PyTree
 
 from ._custom_types import Vector
 
@@ -72,7 +72,7 @@ def at_least_single(x: Any) -> Any:
     return x.astype(jnp.float32) if is_half else x
 
 
-def ravel(tree: PyTree[Array]) -> tuple[Vector, Callable[[Vector], PyTree[Array]]]:
+def ravel(tree: PyTree[ArrayLike]) -> tuple[Vector, Callable[[Vector], PyTree[Array]]]:
     """Flattens a pytree to a vector; a single leaf is only reshaped."""
     tree = as_state(tree)
     leaves, treedef = jtu.tree_flatten(tree)

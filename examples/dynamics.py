@@ -2,6 +2,7 @@
 networks for vector fields, training of many seeds at once, and the results file.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -116,19 +117,21 @@ def fit(
     Returns the trained models and the records, with axes for the models and the steps.
     A loss that is not finite ends the run.
     """
-    params, static = eqx.partition(models, eqx.is_inexact_array)
+    params, rest = eqx.partition(models, eqx.is_inexact_array)
+    # Stacked as well, though not trained.
+    others, static = eqx.partition(rest, eqx.is_array)
     # Not weakly typed, which the first step would change.
     params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
     optimiser = optax.with_extra_args_support(optimiser)
 
-    def train(carry, inputs):
-        return jax.lax.scan(step, carry, inputs)
+    def train(carry, others, inputs):
+        return jax.lax.scan(ft.partial(step, others), carry, inputs)
 
-    def step(carry, x):
+    def step(others, carry, x):
         params, state = carry
 
         def value_fn(params):
-            return loss(eqx.combine(params, static), x)
+            return loss(eqx.combine(params, others, static), x)
 
         (value, record), grads = jax.value_and_grad(value_fn, has_aux=True)(params)
         updates, state = optimiser.update(
@@ -140,10 +143,11 @@ def fit(
             value_fn=lambda params: value_fn(params)[0],
         )
         params: Any = optax.apply_updates(params, updates)
-        params = eqx.filter(after(eqx.combine(params, static)), eqx.is_inexact_array)
+        model = after(eqx.combine(params, others, static))
+        params = eqx.filter(model, eqx.is_inexact_array)
         return (params, state), record
 
-    train = jax.jit(jax.vmap(train, in_axes=(0, None), out_axes=(0, 0)))
+    train = jax.jit(jax.vmap(train, in_axes=(0, 0, None)))
     carry = params, jax.vmap(optimiser.init)(params)
     # Equal ones, so that nothing is compiled twice.
     longest = -(-num_steps // num_chunks)
@@ -155,7 +159,7 @@ def fit(
     ) as bar:
         for start in range(0, num_steps, chunk):
             some = jax.tree.map(lambda x: x[start : start + chunk], inputs)
-            carry, record = train(carry, some)
+            carry, record = train(carry, others, some)
             last = jax.tree.map(lambda x: x[:, -1], record)
             if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(last)):
                 raise UserError(
@@ -166,7 +170,7 @@ def fit(
             bar.update(chunk)
             bar.set_postfix({k: f"{float(jnp.mean(v)):.2e}" for k, v in last.items()})
     records = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *records)
-    return eqx.combine(carry[0], static), records
+    return eqx.combine(carry[0], others, static), records
 
 
 def rmse(actual: Array, expected: Array, axis: Any = None) -> Array:

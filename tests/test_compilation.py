@@ -65,12 +65,11 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_eager_call_compiles_nothing(name, compilations):
     call, xs = CALLS[name], jnp.linspace(0.1, 1.0, 12).reshape(4, 3)
-    before = len(compilations)
+    others = xs + 1
     jax.block_until_ready(jax.tree.leaves(call(xs)))
-    first = len(compilations)
-    jax.block_until_ready(jax.tree.leaves(call(xs + 1)))
-    assert first > before
-    assert len(compilations) == first
+    count = len(compilations)
+    jax.block_until_ready(jax.tree.leaves(call(others)))
+    assert len(compilations) == count > 0
 
 
 def test_another_time_compiles_nothing(compilations):

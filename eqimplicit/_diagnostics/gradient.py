@@ -120,7 +120,7 @@ def gradient_report(
             PhantomAdjoint(num_steps=5),
             ImplicitAdjoint(),
         )
-        own = layer.adjoint
+        own = layer.adjoint or ImplicitAdjoint()
         adjoints = [own, *(x for x in kinds if not isinstance(x, type(own)))]
     # The solution itself, to which some adjoints add steps.
     plain = eqx.tree_at(lambda d: d.adjoint, layer, ImplicitAdjoint())

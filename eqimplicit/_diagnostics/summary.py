@@ -1,5 +1,5 @@
 import equinox as eqx
-import jax
+import jax.core
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, Int
@@ -47,7 +47,8 @@ def summarise(solution: optx.Solution) -> SolveSummary:
     !!! example
 
         ```python
-        solution = jax.vmap(layer.solve)(xs)
+        layer = eqi.DEQ(lambda z, x: jax.numpy.tanh(0.5 * z + x))
+        solution = jax.vmap(layer.solve)(jax.numpy.ones((32, 4)))
         print(eqi.summarise(solution))
         ```
 

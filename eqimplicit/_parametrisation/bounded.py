@@ -54,7 +54,7 @@ class BoundedSpectrum(eqx.Module):
         numbers = isinstance(self.alpha, float | int) and isinstance(
             self.beta, float | int
         )
-        if numbers and not self.alpha <= self.beta:
+        if numbers and not self.alpha <= self.beta:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 "`alpha` must not be above `beta`. Got "
                 f"alpha={self.alpha!r}, beta={self.beta!r}."
