@@ -60,3 +60,14 @@ def all_optimisations():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", type=int, default=500, help="of random maps, in test_properties.py"
+    )
+
+
+@pytest.fixture
+def num_cases(request):
+    return request.config.getoption("--cases")

@@ -94,11 +94,17 @@ def points(size, num_examples=6):
     return jax.vmap(point)(jr.split(jr.key(size), num_examples))
 
 
-CASES = [(name, size) for name in SCHEMES for size in (1, 5, 64)]
-LARGE = [("theta 0.5, midpoint", 100), ("theta 1, trapezoid", 100), ("Gauss 2", 100)]
+# The default solver is another one above 64 unknowns.
+CASES = [(name, 5) for name in SCHEMES] + [
+    ("theta 0.5, midpoint", 1),
+    ("theta 0.5, trapezoid", 64),
+    ("Gauss 2", 64),
+    ("theta 0.5, midpoint", 100),
+    ("Gauss 2", 100),
+]
 
 
-@pytest.mark.parametrize("name, size", CASES + LARGE)
+@pytest.mark.parametrize("name, size", CASES)
 def test_the_default_solver_is_as_good_as_a_tight_one(name, size):
     make, _ = SCHEMES[name]
 

@@ -93,12 +93,16 @@ def nested(depth, traces):
     return layer
 
 
-@pytest.mark.parametrize("depth", range(4))
-def test_a_cell_is_traced_once_however_deep(depth):
-    for wrap in (lambda layer: layer, gradient):
+@pytest.mark.parametrize("wrap", (lambda layer: layer, gradient))
+def test_a_cell_is_traced_once_however_deep(wrap):
+    for depth in range(5):
         traces = []
-        jax.block_until_ready(wrap(nested(depth, traces))(jnp.ones(3)))
+        jax.make_jaxpr(wrap(nested(depth, traces)))(jnp.ones(3))
         assert len(traces) == 1
+    # Outside of a trace as well.
+    traces = []
+    jax.block_until_ready(wrap(nested(1, traces))(jnp.ones(3)))
+    assert len(traces) == 1
 
 
 class Sine(eqi.AbstractParametrisation):

@@ -170,6 +170,7 @@ def test_the_program_of_a_block_does_not_grow_with_its_steps(getkey):
     assert lines(10) == lines(1000)
 
 
+@pytest.mark.process
 def test_a_split_batch_stays_split(tmp_path):
     """On two devices and more, in a process of its own, since devices are counted when
     JAX starts.
