@@ -22,7 +22,7 @@ from .helpers import ADJOINTS, matrix_of_norm
 
 
 _root = pathlib.Path(__file__).parent.parent
-SIZE = 37  # that of nothing else in the program
+SIZE = 71  # that of nothing else in the program, and above what GMRES keeps whole
 SOLVERS = {"Picard": eqi.Picard, "Anderson": eqi.Anderson, "Broyden": eqi.Broyden}
 
 

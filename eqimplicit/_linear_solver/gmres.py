@@ -21,6 +21,11 @@ from .._misc import (
 from .base import AbstractMatrixFreeSolver, result_of, tolerance_for
 
 
+# The largest system whose basis is kept whole, and the products of a cycle otherwise.
+_WHOLE = 64
+_RESTART = 20
+
+
 class _State(eqx.Module):
     """The Arnoldi process of one cycle: `basis` has orthonormal rows, and `rotation`
     turns the Hessenberg matrix of the operator in this basis into a triangle, of which
@@ -60,7 +65,8 @@ class GMRES(AbstractMatrixFreeSolver):
     Costs a product and four readings of the basis (its Gram-Schmidt process is repeated
     once, which keeps the basis orthogonal) a step, and a product a cycle to measure the
     residual; `num_products` in the stats is the number of products with $A$. Memory for
-    `restart + 4` vectors.
+    `restart + 4` vectors. A short cycle may stagnate, on rotations of many unknowns for
+    example: the solve then ends without success.
 
     ??? cite "References"
 
@@ -80,12 +86,13 @@ class GMRES(AbstractMatrixFreeSolver):
 
     rtol: float | Float[Array, ""] | None
     atol: float | Float[Array, ""]
-    restart: int = eqx.field(default=20, static=True)
+    restart: int | None = eqx.field(default=None, static=True)
     max_steps: int = eqx.field(default=200, static=True)
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
-        check_positive_int("restart", self.restart)
+        if self.restart is not None:
+            check_positive_int("restart", self.restart)
         check_positive_int("max_steps", self.max_steps)
 
     def solve(
@@ -100,7 +107,8 @@ class GMRES(AbstractMatrixFreeSolver):
 
         size = two_norm(b)
         tolerance = tolerance_for(self.rtol, self.atol, size, b.dtype)
-        restart = at_most(self.restart, b.size)
+        restart = _RESTART if at_most(_WHOLE + 1, b.size) > _WHOLE else _WHOLE
+        restart = at_most(self.restart or restart, b.size)
         target = b.astype(dtype)
 
         def can_extend(state: _State) -> Bool[Array, ""]:
@@ -251,6 +259,8 @@ GMRES.__init__.__doc__ = """**Arguments:**
     double precision and 1e-6 below.
 - `atol`: absolute tolerance. Not both may be zero.
 - `restart`: the number of products in a cycle, after which the basis is built anew.
+    `None` means 20, and for up to 64 unknowns as many as there are, which always
+    suffice.
 - `max_steps`: the largest number of products.
 
 **Raises:** a `ValueError` for tolerances that are negative or both zero, or for a
