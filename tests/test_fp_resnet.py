@@ -54,7 +54,7 @@ def test_the_bound_is_attained_by_an_isometry(getkey):
 @pytest.mark.parametrize("theta", (0.5, 1.0))
 def test_is_the_block_of_theta_layers_solved_to_the_end(theta, getkey):
     net = eqi.FPResNet(_field(getkey()), 4, theta, 0.8, tolerance=1e-10)
-    solver = eqi.RootAsFixedPoint(optx.Newton(1e-13, 1e-13))
+    solver = eqi.RootAsFixedPoint(optx.Newton(1e-8, 1e-8))
     layer = eqi.ThetaLayer(net.block.layer.vector_field, theta, 0.8, solver=solver)
     exact = eqi.ODEBlock(layer, 4)
     y = jr.normal(getkey(), (3,))

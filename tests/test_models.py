@@ -14,7 +14,7 @@ from .helpers import directional_difference, random_like, tree_dot
 
 
 _tight = ft.partial(
-    eqi.DEQ, solver=eqi.Picard(0.0, 1e-12), adjoint=eqi.JFBAdjoint(), max_steps=200
+    eqi.DEQ, solver=eqi.Picard(0.0, 1e-8), adjoint=eqi.JFBAdjoint(), max_steps=200
 )
 # 8 x 8 images, as small as the head allows after pooling is left out.
 _small = ft.partial(models.jfb_mnist, (8, 8, 1), channels=4, pool=1, layer=_tight)
@@ -243,7 +243,7 @@ def test_jfb_gradient_by_finite_differences(getkey):
 
 
 def test_exact_gradient_of_a_coupled_batch(getkey):
-    adjoint = eqi.ImplicitAdjoint(eqi.GMRES(1e-11, 0.0))
+    adjoint = eqi.ImplicitAdjoint(eqi.GMRES(1e-10, 0.0))
     layer = ft.partial(_tight, adjoint=adjoint)
     net, state = _make_small(getkey(), layer=layer)
     net = eqx.tree_at(lambda n: n.head.dropout.inference, net, True)

@@ -85,7 +85,7 @@ def test_gradient_by_finite_differences(name, getkey):
     def loss(params):
         layer = eqi.DEQ(
             eqx.combine(params, static),
-            eqi.Anderson(0.0, 1e-13),
+            eqi.Anderson(0.0, 1e-8),
             EXACT_ADJOINTS["Implicit"](),
             init=lambda x: jnp.zeros(z.shape),
         )
