@@ -5,6 +5,7 @@ rows. Its command prints the tables and writes them to `results.json` beside a f
 """
 
 import argparse
+import gzip
 import importlib.metadata
 import json
 import math
@@ -102,6 +103,24 @@ def markdown(rows: list[Row]) -> str:
     lines = [columns, ["---"] * len(columns)]
     lines += [[_cell(row.get(column)) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_mnist(folder: pathlib.Path) -> list[np.ndarray]:
+    """Images and labels, for training and for the test, of the four published files.
+
+    **Raises:** a `FileNotFoundError` if one of them is missing.
+    """
+    return [
+        _read_idx(folder / f"{part}-{kind}-ubyte.gz")
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    ]
+
+
+def _read_idx(path):
+    raw = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def draw_lines(

@@ -9,7 +9,6 @@ is not trained. With `--small` every part is right but small, to try it on a CPU
 
 import argparse
 import functools as ft
-import gzip
 import os
 import pathlib
 import sys
@@ -27,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import jax.random as jr  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from bench import machine, markdown, Row, take_turns  # noqa: E402
+from bench import machine, markdown, read_mnist, Row, take_turns  # noqa: E402
 from cells import ADJOINTS, make_step, mnist, NUM_STEPS  # noqa: E402
 
 import eqimplicit as eqi  # noqa: E402
@@ -161,23 +160,12 @@ def against_torch(small: bool) -> list[Row]:
     ]
 
 
-def _read_idx(path):
-    raw = gzip.decompress(path.read_bytes())
-    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
 def epoch(small: bool, folder: pathlib.Path) -> list[Row]:
     """An epoch of MNIST, from the data on the host to the accuracy on the test set."""
-    names = [
-        f"{part}-{kind}-ubyte.gz"
-        for part in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
-    ]
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        return [{"epoch of MNIST": f"left out, since {folder / missing[0]} is missing"}]
-    images, labels, test_images, test_labels = (_read_idx(folder / n) for n in names)
+    try:
+        images, labels, test_images, test_labels = read_mnist(folder)
+    except FileNotFoundError as error:
+        return [{"epoch of MNIST": f"left out, since {error.filename} is missing"}]
     if small:
         images, labels = images[:2000], labels[:2000]
         test_images, test_labels = test_images[:1000], test_labels[:1000]

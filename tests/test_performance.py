@@ -203,6 +203,7 @@ def test_a_split_batch_stays_split(tmp_path):
         "gpu",
         "predictors",
         "convergence",
+        "remedies",
     ],
 )
 def test_benchmarks_run(tmp_path, name):
