@@ -177,8 +177,8 @@ def _mnist(small: bool, make_cell: Callable, norm: Callable | None) -> Problem:
     images, labels, test_images, test_labels = read_mnist(_DATA)
     scale = lambda a: (a[..., None] / 255).astype(np.float32)
     n, num_tests = (100, 100) if small else (5000, 10000)
+    test_images, test_labels = test_images[:num_tests], test_labels[:num_tests]
     data = scale(images[:n]), labels[:n], scale(test_images), test_labels
-    data = *data[:2], *(a[:num_tests] for a in data[2:])
     encoder = lambda key: models.ConvEncoder(1, 8, 16, norm=models.GroupNorm, key=key)
     adam = optax.adam(1e-3)
     return Problem(data, encoder, make_cell, norm, (9, 9, 16), adam, 1, 50)
@@ -213,7 +213,7 @@ def _test(net, state, images, labels):
     return jnp.argmax(logits, axis=1) == labels, eqi.summarise(solution)
 
 
-def train(problem: Problem, remedy: Remedy, seed: int) -> dict[str, float]:
+def train(problem: Problem, remedy: Remedy, seed: int) -> dict[str, Any]:
     """Trains, and says how many of the solves were found in the first and in the last
     fifth of the steps, and how well the classes of the test set are told."""
     keys = jr.split(jr.key(seed), 5)
@@ -281,8 +281,8 @@ def _rows(cell: Problem, starter: Problem, num_seeds: int) -> list[Row]:
 
 def digits(small: bool) -> list[Row]:
     """Layer normalisation of a dense cell, on 1500 digits in 8 epochs."""
-    problems = (_digits(small, cell) for cell in (_natural, _dense))
-    return _rows(*problems, 1 if small else 3)
+    cell, starter = (_digits(small, make_cell) for make_cell in (_natural, _dense))
+    return _rows(cell, starter, 1 if small else 3)
 
 
 def mnist(small: bool) -> list[Row]:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import tyro
-from training import command_line, figures, results as results_file
+from training import command_line, figures, files, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -243,12 +243,13 @@ def draw(config: Config, shapes) -> None:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
     jax.config.update("jax_enable_x64", True)
-    results, shapes = run(config)
-    report(results)
-    results_file.save(config.out, results)
-    draw(config, shapes)
-    print(f"Figures and results.json are in {config.out}")
-    return results
+    with files.claim(config.out):
+        results, shapes = run(config)
+        report(results)
+        results_file.save(config.out, results)
+        draw(config, shapes)
+        print(f"Figures and results.json are in {config.out}")
+        return results
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 import tyro
-from training import command_line, results
+from training import command_line, files, results
 from training.command_line import UserError
 
 
@@ -66,11 +66,8 @@ def main(args: list[str] | None = None) -> None:
     table = collect(config.folders)
     if config.out is None:
         print(table, end="")
-        return
-    try:
-        config.out.write_text(table)
-    except OSError as error:
-        raise UserError(f"{config.out} cannot be written ({error.strerror})") from error
+    else:
+        files.write(config.out, table.encode())
 
 
 if __name__ == "__main__":

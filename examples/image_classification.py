@@ -24,7 +24,7 @@ import jax.random as jr
 import optax
 import optimistix as optx
 import tyro
-from training import classifiers, command_line, image_data, loop, options
+from training import classifiers, command_line, devices, image_data, loop, options
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -145,26 +145,28 @@ def train(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, epochs=2, train_size=500)
     name = f"{config.dataset}-{config.adjoint}-{config.solver}"
     folder = config.out or pathlib.Path("runs", name)
-    data = image_data.load(
-        config.dataset, options.data_folder(config), config.train_size
-    )
-    model, state = make_model(config, data.train.images.shape[1:])
-    num_images = len(data.train.labels)
-    num_steps = config.epochs * options.steps_per_epoch(config, num_images)
-    task = loop.Task(
-        model,
-        state,
-        classifiers.forward,
-        make_optimiser(config.learning_rate, num_steps),
-        at_step=ft.partial(at_step, config),
-        diagnose=diagnose,
-        smoothing=0.1,
-    )
-    title = f"{config.dataset}: {config.adjoint} gradients, {config.solver} solver"
-    metrics, _, _ = loop.train(
-        task, data, config, folder, title, "image-classification"
-    )
-    return metrics
+    # Before anything is read or computed.
+    with devices.claim(folder):
+        data = image_data.load(
+            config.dataset, options.data_folder(config), config.train_size
+        )
+        model, state = make_model(config, data.train.images.shape[1:])
+        num_images = len(data.train.labels)
+        num_steps = config.epochs * options.steps_per_epoch(config, num_images)
+        task = loop.Task(
+            model,
+            state,
+            classifiers.forward,
+            make_optimiser(config.learning_rate, num_steps),
+            at_step=ft.partial(at_step, config),
+            diagnose=diagnose,
+            smoothing=0.1,
+        )
+        title = f"{config.dataset}: {config.adjoint} gradients, {config.solver} solver"
+        metrics, _, _ = loop.train(
+            task, data, config, folder, title, "image-classification"
+        )
+        return metrics
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -289,7 +289,9 @@ def diagnose(model, state, images, labels):
     return {"gradient_cosine": float(cosine), "products": int(products)}
 
 
-def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def run(
+    config: Config, folder: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     setting = SETTINGS[config.dataset]
     small = setting.small if config.small else {}
     if config.small:
@@ -311,7 +313,6 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             config.learning_rate, 1e-3 if config.small else setting.learning_rate
         ),
     )
-    options.start(config)
     if config.seeds < 1:
         options.refuse("seeds", config.seeds, "at least 1")
     if not config.methods:
@@ -322,7 +323,6 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     test = image_data.Images(*(x[: small.get("test_size")] for x in data.test))
     data = data._replace(test=test)
     steps = options.steps_per_epoch(config, len(data.train.labels))
-    folder = config.out or pathlib.Path("runs", f"jfb-{config.dataset}")
     histories = {}
     for method in config.methods:
         histories[method] = []
@@ -442,15 +442,17 @@ def draw(config: Config, folder: pathlib.Path, histories: dict[str, list[Any]]) 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
-    content, histories = run(config)
+    options.start(config)
     folder = config.out or pathlib.Path("runs", f"jfb-{config.dataset}")
-    if not devices.is_first():
+    with devices.claim(folder):
+        content, histories = run(config, folder)
+        if not devices.is_first():
+            return content
+        report(content)
+        results_file.save(folder, content)
+        draw(config, folder, histories)
+        print(f"The figure and results.json are in {folder}.")
         return content
-    report(content)
-    results_file.save(folder, content)
-    draw(config, folder, histories)
-    print(f"The figure and results.json are in {folder}.")
-    return content
 
 
 if __name__ == "__main__":

@@ -227,7 +227,9 @@ def diagnose(model, state, images, labels):
     }
 
 
-def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def run(
+    config: Config, folder: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     small = {"epochs": 10 if config.dataset == "digits" else 5, "max_steps": 12}
     if config.small:
         config = dataclasses.replace(
@@ -256,12 +258,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             options.refuse("methods", name, f"among {', '.join(known) or 'none'}")
     some = config.methods or (SMALL if config.small else tuple(known))
     chosen = {name: method for name, method in known.items() if name in some}
-    options.start(config)
-    folder = out_folder(config)
-    synthetic, rows, histories = {}, [], {}
-    if "synthetic" in config.parts:
-        synthetic = run_synthetic()
-        rows += synthetic_rows(synthetic)
+    data: Any = None
     if chosen:
         data = image_data.load(
             config.dataset, options.data_folder(config), config.train_size
@@ -269,19 +266,23 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         if config.small:
             test = image_data.Images(*(x[:1000] for x in data.test))
             data = data._replace(test=test)
-        for name, method in chosen.items():
-            histories[name] = [
-                train(name, method, config, data, folder, seed)
-                for seed in range(config.seed, config.seed + config.seeds)
-            ]
-            last = [metrics[-1] for metrics in histories[name]]
-            rows.append(
-                results_file.row(
-                    f"{name}: test accuracy, %",
-                    [100 * line["test_accuracy"] for line in last],
-                    method.paper if config.dataset == "cifar10" else "other data",
-                )
+    synthetic, rows, histories = {}, [], {}
+    if "synthetic" in config.parts:
+        synthetic = run_synthetic()
+        rows += synthetic_rows(synthetic)
+    for name, method in chosen.items():
+        histories[name] = [
+            train(name, method, config, data, folder, seed)
+            for seed in range(config.seed, config.seed + config.seeds)
+        ]
+        last = [metrics[-1] for metrics in histories[name]]
+        rows.append(
+            results_file.row(
+                f"{name}: test accuracy, %",
+                [100 * line["test_accuracy"] for line in last],
+                method.paper if config.dataset == "cifar10" else "other data",
             )
+        )
     size = ", small" if config.small else ""
     content = {
         "experiment": f"phantom gradients, {config.dataset}{size}",
@@ -387,14 +388,17 @@ def draw(config: Config, content: dict[str, Any], histories) -> None:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
-    content, histories = run(config)
-    if not devices.is_first():
+    options.start(config)
+    folder = out_folder(config)
+    with devices.claim(folder):
+        content, histories = run(config, folder)
+        if not devices.is_first():
+            return content
+        report(content)
+        results_file.save(folder, content)
+        draw(config, content, histories)
+        print(f"The figures and results.json are in {folder}.")
         return content
-    report(content)
-    results_file.save(out_folder(config), content)
-    draw(config, content, histories)
-    print(f"The figures and results.json are in {out_folder(config)}.")
-    return content
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def add_noise(part: image_data.Images, size: float, most: int, kind: str):
     return image_data.Images((images * most).astype(np.float32), part.labels)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     config = dataclasses.replace(
         config,
         networks=options.given(config.networks, SMALL if config.small else ALL),
@@ -208,7 +208,6 @@ def run(config: Config) -> dict[str, Any]:
         batch_size=options.given(config.batch_size, 25 if config.small else 125),
     )
     assert config.networks is not None and config.epochs is not None
-    options.start(config)
     if config.seeds < 1:
         options.refuse("seeds", config.seeds, "at least 1")
     for network in config.networks:
@@ -226,7 +225,6 @@ def run(config: Config) -> dict[str, Any]:
     data = data._replace(test=test)
     most = int(data.train.images.max())
     steps = config.epochs * options.steps_per_epoch(config, len(data.train.labels))
-    folder = out_folder(config)
     results = {}
     for network in config.networks:
         scores = []
@@ -368,14 +366,17 @@ def draw(config: Config, content: dict[str, Any]) -> None:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
-    content = run(config)
-    if not devices.is_first():
+    options.start(config)
+    folder = out_folder(config)
+    with devices.claim(folder):
+        content = run(config, folder)
+        if not devices.is_first():
+            return content
+        report(content)
+        results_file.save(folder, content)
+        draw(config, content)
+        print(f"The figure and results.json are in {folder}.")
         return content
-    report(content)
-    results_file.save(out_folder(config), content)
-    draw(config, content)
-    print(f"The figure and results.json are in {out_folder(config)}.")
-    return content
 
 
 if __name__ == "__main__":

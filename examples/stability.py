@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib.patches
 import numpy as np
 import tyro
-from training import command_line, figures
+from training import command_line, figures, files
 
 import eqimplicit as eqi
 
@@ -103,16 +103,17 @@ def draw_regions(config: Config) -> None:
 def main(args: list[str] | None = None) -> dict[str, float]:
     config = tyro.cli(Config, args=args)
     jax.config.update("jax_enable_x64", True)
-    portraits = phase_portraits(config)
-    draw_portraits(config, portraits)
-    draw_regions(config)
-    growth = {}
-    for name, (y, z) in portraits.items():
-        radius = np.hypot(y / config.frequency, z)
-        growth[name] = float(radius[-1] / radius[0])
-        print(f"{name:15s} radius after {config.steps} steps: {growth[name]:.4f}")
-    print(f"The figures are in {config.out}")
-    return growth
+    with files.claim(config.out):
+        portraits = phase_portraits(config)
+        draw_portraits(config, portraits)
+        draw_regions(config)
+        growth = {}
+        for name, (y, z) in portraits.items():
+            radius = np.hypot(y / config.frequency, z)
+            growth[name] = float(radius[-1] / radius[0])
+            print(f"{name:15s} radius after {config.steps} steps: {growth[name]:.4f}")
+        print(f"The figures are in {config.out}")
+        return growth
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from training import command_line, figures, results as results_file
+from training import command_line, figures, files, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -256,12 +256,13 @@ def draw(config: Config, curves) -> None:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
     jax.config.update("jax_enable_x64", True)
-    results, curves = run(config)
-    report(results)
-    results_file.save(config.out, results)
-    draw(config, curves)
-    print(f"Figures and results.json are in {config.out}")
-    return results
+    with files.claim(config.out):
+        results, curves = run(config)
+        report(results)
+        results_file.save(config.out, results)
+        draw(config, curves)
+        print(f"Figures and results.json are in {config.out}")
+        return results
 
 
 if __name__ == "__main__":

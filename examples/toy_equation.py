@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import tyro
-from training import command_line, figures, results as results_file
+from training import command_line, figures, files, results as results_file
 
 import eqimplicit as eqi
 
@@ -137,19 +137,20 @@ def draw(config: Config, content: dict[str, Any]) -> None:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
-    with jax.enable_x64(True):
-        content = run(config)
-    results_file.print_table(
-        ["quantity", "value"],
-        [
-            [row["quantity"], results_file.spread(row["ours"])]
-            for row in content["rows"]
-        ],
-    )
-    results_file.save(config.out, content)
-    draw(config, content)
-    print(f"The figure and results.json are in {config.out}.")
-    return content
+    with files.claim(config.out):
+        with jax.enable_x64(True):
+            content = run(config)
+        results_file.print_table(
+            ["quantity", "value"],
+            [
+                [row["quantity"], results_file.spread(row["ours"])]
+                for row in content["rows"]
+            ],
+        )
+        results_file.save(config.out, content)
+        draw(config, content)
+        print(f"The figure and results.json are in {config.out}.")
+        return content
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def idx(array):
     )
 
 
-def checksum(content):
-    return "sha256:" + hashlib.sha256(content).hexdigest()
+def published(content):
+    checksum = "sha256:" + hashlib.sha256(content).hexdigest()
+    return image_data.File(len(content), checksum)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def mnist(tmp_path, monkeypatch):
     files = {}
     for name, array in zip(image_data.SOURCES["mnist"].files, arrays):
         (folder / name).write_bytes(idx(array))
-        files[name] = checksum((folder / name).read_bytes())
+        files[name] = published((folder / name).read_bytes())
     source = image_data.SOURCES["mnist"]._replace(files=files)
     monkeypatch.setitem(image_data.SOURCES, "mnist", source)
     return folder, arrays
@@ -99,7 +100,7 @@ def test_cifar10_files_are_read_as_published(tmp_path, monkeypatch):
         planes = image.transpose(0, 3, 1, 2).reshape(2, -1)
         rows = np.concatenate([np.array([[3], [7]], np.uint8), planes], 1)
         (folder / name).write_bytes(rows.tobytes())
-        files[name] = checksum(rows.tobytes())
+        files[name] = published(rows.tobytes())
         images.append(image)
     source = image_data.SOURCES["cifar10"]._replace(files=files)
     monkeypatch.setitem(image_data.SOURCES, "cifar10", source)
@@ -117,7 +118,7 @@ def test_svhn_files_are_read_as_published(tmp_path, monkeypatch):
         labels = np.array([[10], [1], [9]], np.uint8)
         content = {"X": some.transpose(1, 2, 3, 0), "y": labels}
         scipy.io.savemat(tmp_path / name, content, do_compression=True)
-        files[name] = checksum((tmp_path / name).read_bytes())
+        files[name] = published((tmp_path / name).read_bytes())
     source = image_data.SOURCES["svhn"]._replace(files=files)
     monkeypatch.setitem(image_data.SOURCES, "svhn", source)
     data = image_data.load("svhn", tmp_path)
@@ -204,6 +205,7 @@ SHORT = ("--epochs", 2, "--train-size", 200, "--batch-size", 40)
 
 def arrays_of(folder):
     with (folder / "checkpoint.eqx").open("rb") as file:
+        file.readline()
         header = json.loads(file.readline())
         return [line["test_accuracy"] for line in header["metrics"]], file.read()
 

@@ -1,9 +1,12 @@
 """What the command lines of the examples share."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+import jax
 
 
 _NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
@@ -18,14 +21,18 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except OSError as error:
         # A full disk, or a folder that cannot be written: others are bugs.
         if error.errno not in _NOT_WRITABLE:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error.filename or 'a file'}: {error.strerror}", 2)
     except KeyboardInterrupt:
-        print("Interrupted. The same command resumes the run.", file=sys.stderr)
-        sys.exit(130)
+        _end("Interrupted. The same command resumes the run.", 130)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # JAX would wait for the other processes, which wait for this one.
+    (os._exit if jax.distributed.is_initialized() else sys.exit)(status)

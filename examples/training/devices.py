@@ -3,7 +3,9 @@ parameters are on every one. Values do not depend on the number of devices beyon
 rounding.
 """
 
+import contextlib
 import functools as ft
+import pathlib
 from typing import Any
 
 import jax
@@ -11,32 +13,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from . import files
 from .command_line import UserError
-
-
-def join(coordinator: str | None, num_processes: int, process_id: int) -> None:
-    """Joins the processes that train together, if there are several. To be called
-    before JAX is used."""
-    if num_processes == 1 and coordinator is None:
-        return
-    if coordinator is None:
-        raise UserError("--num-processes needs --coordinator HOST:PORT")
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process-id must be from 0 to {num_processes - 1}, not {process_id}"
-        )
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"the process cannot join {coordinator} ({first_line})"
-        ) from error
 
 
 def is_first() -> bool:
     """Whether this process writes and prints."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def claim(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Of the first process, for all of them."""
+    return files.claim(folder) if is_first() else contextlib.nullcontext()
 
 
 def check_agreement(value: int, what: str) -> None:

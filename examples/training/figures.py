@@ -1,10 +1,13 @@
 """How the figures of the examples look."""
 
+import io
 import pathlib
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
+
+from . import files
 
 
 DARK, LIGHT, ACCENT, GRID = "#374151", "#9ca3af", "#c2410c", "#e5e7eb"
@@ -51,5 +54,6 @@ def save(
     figure: matplotlib.figure.Figure, folder: pathlib.Path, file: str, title: str
 ) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / file, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    files.write(folder / file, content.getvalue())

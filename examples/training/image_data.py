@@ -21,6 +21,7 @@ import scipy.io
 import sklearn.datasets
 from jaxtyping import Float, Int, UInt8
 
+from . import files
 from .command_line import UserError
 
 
@@ -45,16 +46,23 @@ class Dataset(NamedTuple):
         return images.astype(np.float32), part.labels[indices]
 
 
+class File(NamedTuple):
+    """As it was published: its size in bytes, and its checksum."""
+
+    size: int
+    checksum: str
+
+
 class Source(NamedTuple):
     """Where the files of a data set are found: the folders below the data folder, the
     address, with the checksum of the archive if it is one, and the files in the order
-    in which they are read, with their checksums.
+    in which they are read.
     """
 
     folders: tuple[str, ...]
     url: str
     archive: str | None
-    files: dict[str, str]
+    files: dict[str, File]
 
 
 SOURCES = {
@@ -63,17 +71,21 @@ SOURCES = {
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         None,
         {
-            "train-images-idx3-ubyte.gz": (
-                "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
+            "train-images-idx3-ubyte.gz": File(
+                9912422,
+                "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
             ),
-            "train-labels-idx1-ubyte.gz": (
-                "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
+            "train-labels-idx1-ubyte.gz": File(
+                28881,
+                "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
             ),
-            "t10k-images-idx3-ubyte.gz": (
-                "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+            "t10k-images-idx3-ubyte.gz": File(
+                1648877,
+                "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
             ),
-            "t10k-labels-idx1-ubyte.gz": (
-                "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+            "t10k-labels-idx1-ubyte.gz": File(
+                4542,
+                "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
             ),
         },
     ),
@@ -82,17 +94,21 @@ SOURCES = {
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         None,
         {
-            "train-images-idx3-ubyte.gz": (
-                "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+            "train-images-idx3-ubyte.gz": File(
+                26421880,
+                "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
             ),
-            "train-labels-idx1-ubyte.gz": (
-                "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+            "train-labels-idx1-ubyte.gz": File(
+                29515,
+                "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
             ),
-            "t10k-images-idx3-ubyte.gz": (
-                "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+            "t10k-images-idx3-ubyte.gz": File(
+                4422102,
+                "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
             ),
-            "t10k-labels-idx1-ubyte.gz": (
-                "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+            "t10k-labels-idx1-ubyte.gz": File(
+                5148,
+                "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
             ),
         },
     ),
@@ -101,8 +117,14 @@ SOURCES = {
         "http://ufldl.stanford.edu/housenumbers/",
         None,
         {
-            "train_32x32.mat": "md5:e26dedcc434d2e4c54c9b2d4a06d8373",
-            "test_32x32.mat": "md5:eb5a983be6a315427106f1b164d9cef3",
+            "train_32x32.mat": File(
+                182040794,
+                "md5:e26dedcc434d2e4c54c9b2d4a06d8373",
+            ),
+            "test_32x32.mat": File(
+                64275384,
+                "md5:eb5a983be6a315427106f1b164d9cef3",
+            ),
         },
     ),
     "cifar10": Source(
@@ -115,23 +137,29 @@ SOURCES = {
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         "md5:c32a1d4ab5d03f1284b67883e8d87530",
         {
-            "data_batch_1.bin": (
-                "sha256:cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
+            "data_batch_1.bin": File(
+                30730000,
+                "sha256:cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
             ),
-            "data_batch_2.bin": (
-                "sha256:a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
+            "data_batch_2.bin": File(
+                30730000,
+                "sha256:a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
             ),
-            "data_batch_3.bin": (
-                "sha256:bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
+            "data_batch_3.bin": File(
+                30730000,
+                "sha256:bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
             ),
-            "data_batch_4.bin": (
-                "sha256:014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
+            "data_batch_4.bin": File(
+                30730000,
+                "sha256:014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
             ),
-            "data_batch_5.bin": (
-                "sha256:755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
+            "data_batch_5.bin": File(
+                30730000,
+                "sha256:755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
             ),
-            "test_batch.bin": (
-                "sha256:8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"
+            "test_batch.bin": File(
+                30730000,
+                "sha256:8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
             ),
         },
     ),
@@ -201,37 +229,40 @@ def find_files(name: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
     """The checked files of a data set; the missing ones are downloaded."""
     source = SOURCES[name]
     found = {}
-    for file, checksum in source.files.items():
+    for file, published in source.files.items():
         for folder in source.folders:
             path = data_dir / folder / file
             if path.exists():
-                _check(path, name, checksum)
+                _check(path, name, published)
                 found[file] = path
                 break
-    for file in source.files:
+    for file, published in source.files.items():
         if file not in found:
             path = data_dir / source.folders[0] / file
             with _report_failure(path):
                 if source.archive is None:
-                    _download(source.url + file, path, source.files[file])
+                    _download(source.url + file, path, published.checksum)
                 elif not path.exists():  # or it came with an earlier one
                     _download_archive(source, path.parent)
             found[file] = path
     return [found[file] for file in source.files]
 
 
-def _check(path, name, checksum):
+def _check(path, name, published):
     try:
-        with path.open("rb") as file:
-            algorithm, _, digest = checksum.partition(":")
-            is_published = hashlib.file_digest(file, algorithm).hexdigest() == digest
+        with files.open_plain(path) as file:
+            algorithm, _, digest = published.checksum.partition(":")
+            # The size first, for a larger file would take long to read.
+            is_published = os.fstat(file.fileno()).st_size == published.size and (
+                hashlib.file_digest(file, algorithm).hexdigest() == digest
+            )
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not is_published:
         raise UserError(
             f"{path} is truncated, corrupt, or not the published file of {name}: its "
-            "checksum is wrong. Move it away to have it downloaded again, or give "
-            "another --data-dir"
+            "size or checksum is wrong. Move it away to have it downloaded again, or "
+            "give another --data-dir"
         )
 
 

@@ -142,19 +142,24 @@ def train(
     """
     devices.check_batch_size(options.batch_size)
     options_module.steps_per_epoch(options, len(data.train.labels))
+    with devices.claim(folder):
+        return _train(task, data, options, folder, title, experiment)
+
+
+def _train(task, data, options, folder, title, experiment):
     record = options_module.record(options, experiment)
-    old_metrics = run_folder.open_run(folder, record)
-    metrics = old_metrics or []
-    devices.check_agreement(len(metrics), f"how many epochs {folder} has finished")
+    model, state = task.model, task.state
     if options.precision == "float64":
-        model, state = cast((task.model, task.state), "float64")
-        task = task._replace(model=model, state=state)
-    opt_state = task.optimiser.init(eqx.filter(task.model, eqx.is_inexact_array))
-    arrays = task.model, task.state, opt_state
-    if old_metrics is None:
+        model, state = cast((model, state), "float64")
+    opt_state = task.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    arrays, metrics = (model, state, opt_state), []
+    resumed = run_folder.resume(folder, record, arrays)
+    if resumed is not None:
+        metrics, arrays = resumed
+    devices.check_agreement(len(metrics), f"how many epochs {folder} has finished")
+    if resumed is None:
         _save(folder, record, metrics, arrays)
     else:
-        arrays = run_folder.load(folder, arrays)
         if len(metrics) == options.epochs:
             _print(
                 f"{folder} is finished, with {metrics[-1]['test_accuracy']:.2%} of the "
@@ -174,13 +179,15 @@ def train(
         line["test_accuracy"] = float(np.mean(test_ranks == 0))
         if task.diagnose is not None:
             few = np.arange(options.batch_size)
-            line |= task.diagnose(model, state, *data.normalise(data.train, few))
+            images, labels = data.normalise(data.train, few)
+            if options.precision == "float64":
+                images = images.astype(np.float64)
+            line |= task.diagnose(model, state, images, labels)
         line["seconds"] = time.perf_counter() - start
         metrics = [*metrics, {"epoch": epoch, **line}]
         # The checkpoint last: only then does the epoch count as done.
         if devices.is_first():
-            with run_folder.replacing(folder / "curves.png") as path:
-                curves.plot_curves(path, metrics, title)
+            curves.plot_curves(folder / "curves.png", metrics, title)
         _save(folder, record, metrics, arrays)
         _report(options, metrics[-1])
         if epoch == options.epochs:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import pooch
 
-from . import devices
+from . import processes
 from .command_line import UserError
 
 
@@ -70,7 +70,7 @@ def start(options: Options) -> None:
         refuse("seed", options.seed, "between 0 and 2**32 - 1")
     if options.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    devices.join(options.coordinator, options.num_processes, options.process_id)
+    processes.join(options.coordinator, options.num_processes, options.process_id)
 
 
 def given(value: Any, default: Any) -> Any:
@@ -87,7 +87,7 @@ def steps_per_epoch(options: Options, num_images: int) -> int:
 def check_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             refuse(name, value, "a positive number")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import run_folder
+from . import files
 
 
 def row(
@@ -39,9 +39,8 @@ def save(folder: pathlib.Path, results: dict[str, Any]) -> None:
             return plain(value)
         return value if abs(value) < float("inf") else None
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with run_folder.replacing(folder / "results.json") as path:
-        path.write_text(json.dumps(plain(results), indent=1) + "\n")
+    content = json.dumps(plain(results), indent=1) + "\n"
+    files.write(folder / "results.json", content.encode())
 
 
 def spread(values: Any) -> str:

@@ -1,73 +1,64 @@
-"""The folder of a training run: its checkpoint and metrics, and who may use it.
+"""The folder of a training run: its checkpoint and metrics.
 
-The checkpoint alone decides what a run is. It starts with one line of JSON, the
-configuration and the metrics of every finished epoch; the arrays follow. Files are
-written to a temporary name and renamed, so that a run can be killed at any time.
+The checkpoint alone decides what a run is. It starts with a line of JSON, the header:
+the configuration, the metrics of every finished epoch, and the shapes and the digest of
+the arrays. The digest of the header comes before it, and the arrays after it.
 """
 
 import contextlib
+import hashlib
+import io
 import itertools
 import json
-import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.tree_util as jtu
 
+from . import files
 from .command_line import UserError
 
 
 T = TypeVar("T")
-_checkpoint, _temporary_suffix = "checkpoint.eqx", ".part"
+_CHECKPOINT = "checkpoint.eqx"
+# Longer than any header, so that a line without an end is not read for ever.
+_LONGEST_HEADER = 2**28
 
 
-def open_run(
-    folder: pathlib.Path, config: dict[str, Any]
-) -> list[dict[str, Any]] | None:
-    """The metrics of the epochs that were finished, or None for a new run.
+def resume(
+    folder: pathlib.Path, config: dict[str, Any], like: T
+) -> tuple[list[dict[str, Any]], T] | None:
+    """The metrics of the epochs that were finished, and the arrays, in a pytree of the
+    structure of `like`; or None for a new run.
 
     Refuses a folder with anything else in it than a run of this very configuration.
     """
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = {path.name for path in folder.iterdir()} - {files.LOCK}
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unusable(folder, error) from error
-    if _checkpoint not in names:
-        if any(not name.endswith(_temporary_suffix) for name in names):
+        raise UserError(
+            f"{folder} cannot be used ({error.strerror}). Give another --out"
+        ) from error
+    if _CHECKPOINT not in names:
+        if any(not name.endswith(files.PART) for name in names):
             raise UserError(
                 f"{folder} is not empty and holds no run. Give another --out"
             )
         return None
-    with _refuse_corrupt(folder), (folder / _checkpoint).open("rb") as file:
-        header = json.loads(file.readline())
-        old, metrics = header["config"], header["metrics"]
-    for key in {**old, **config}:
-        if old.get(key) != config.get(key):
-            raise UserError(
-                f"{folder} holds a run with {key.replace('_', '-')} {old.get(key)}, "
-                f"not {config.get(key)}. Give another --out, or the options of that run"
-            )
-    return metrics
-
-
-def load(folder: pathlib.Path, like: T) -> T:
-    """The arrays of the checkpoint, in a pytree of the structure of `like`."""
-    with (folder / _checkpoint).open("rb") as file:
-        with _refuse_corrupt(folder):
-            arrays = json.loads(file.readline())["arrays"]
-        for saved, wanted in itertools.zip_longest(arrays, _describe(like)):
-            if saved != wanted:
-                raise UserError(
-                    f"{folder / _checkpoint} is of another network: it has "
-                    f"{saved or 'no array'} where {wanted or 'none'} belongs. Give "
-                    "another --out"
-                )
-        with _refuse_corrupt(folder):
-            return eqx.tree_deserialise_leaves(file, like)
+    path = folder / _CHECKPOINT
+    with _refuse_corrupt(path), files.open_plain(path) as file:
+        header = _read_header(file)
+        old, metrics, arrays = (header[k] for k in ("config", "metrics", "arrays"))
+        _check_config(folder, old, config)
+        _check_arrays(path, arrays, like)
+        wanted = _serialise(like)
+        content = file.read(len(wanted) + 1)
+        if len(content) != len(wanted) or _digest(content) != header["digest"]:
+            raise ValueError("the digest of its arrays is wrong")
+        return metrics, eqx.tree_deserialise_leaves(io.BytesIO(content), like)
 
 
 def save(
@@ -77,17 +68,55 @@ def save(
     tree: Any,
 ) -> None:
     """Writes the metrics, one line of JSON an epoch, and then the checkpoint."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics:  # so that a folder without a checkpoint has nothing else either
-            with replacing(folder / "metrics.jsonl") as path:
-                path.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-        with replacing(folder / _checkpoint) as path, path.open("wb") as file:
-            header = {"config": config, "metrics": metrics, "arrays": _describe(tree)}
-            file.write(json.dumps(header).encode() + b"\n")
-            eqx.tree_serialise_leaves(file, tree)
-    except OSError as error:
-        raise _unusable(folder, error) from error
+    if metrics:  # so that a folder without a checkpoint has nothing else either
+        lines = "".join(json.dumps(line) + "\n" for line in metrics)
+        files.write(folder / "metrics.jsonl", lines.encode())
+    content = _serialise(tree)
+    header = {
+        "config": config,
+        "metrics": metrics,
+        "arrays": _describe(tree),
+        "digest": _digest(content),
+    }
+    line = json.dumps(header).encode() + b"\n"
+    digest = _digest(line).encode() + b"\n"
+    files.write(folder / _CHECKPOINT, digest + line + content)
+
+
+def _read_header(file):
+    digest = file.readline(len(_digest(b"")) + 1).decode().strip()
+    line = file.readline(_LONGEST_HEADER)
+    if _digest(line) != digest:
+        raise ValueError("the digest of its header is wrong")
+    return json.loads(line)
+
+
+def _check_config(folder, old, config):
+    for key in {**old, **config}:
+        if old.get(key) != config.get(key):
+            raise UserError(
+                f"{folder} holds a run with {key.replace('_', '-')} {old.get(key)}, "
+                f"not {config.get(key)}. Give another --out, or the options of that run"
+            )
+
+
+def _check_arrays(path, arrays, like):
+    for saved, wanted in itertools.zip_longest(arrays, _describe(like)):
+        if saved != wanted:
+            raise UserError(
+                f"{path} is of another network: it has {saved or 'no array'} where "
+                f"{wanted or 'none'} belongs. Give another --out"
+            )
+
+
+def _serialise(tree):
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, tree)
+    return file.getvalue()
+
+
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def _describe(tree):
@@ -95,30 +124,15 @@ def _describe(tree):
     return [f"{jtu.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in leaves]
 
 
-def _unusable(folder, error):
-    return UserError(f"{folder} cannot be used ({error.strerror}). Give another --out")
-
-
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path, which becomes `path` when all was written."""
-    temporary = path.with_name(path.name + _temporary_suffix)
-    try:
-        yield temporary
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _refuse_corrupt(folder):
+def _refuse_corrupt(path):
     try:
         yield
-    # What Equinox and NumPy raise on broken files is of many kinds.
+    except UserError:
+        raise
+    # What broken files raise is of many kinds.
     except Exception as error:
         raise UserError(
-            f"{folder / _checkpoint} is truncated or corrupt. Move it away to start "
-            "again, or give another --out"
+            f"{path} is truncated or corrupt ({error}). Move it away to start again, "
+            "or give another --out"
         ) from error
