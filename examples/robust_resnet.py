@@ -115,7 +115,12 @@ def make_layer(network: str, field: Any) -> eqi.ThetaLayer:
             )
     theta = float(network)
     solver = eqi.Anderson(1e-3, 1e-4, damping=field.damping(theta))
-    return eqi.ThetaLayer(field, theta=theta, solver=solver, max_steps=100)
+    # The default for few unknowns is a factorisation, which in jaxlib never ends where
+    # a batch is divided among several devices of one CPU.
+    adjoint = eqi.ImplicitAdjoint()
+    return eqi.ThetaLayer(
+        field, theta=theta, solver=solver, adjoint=adjoint, max_steps=100
+    )
 
 
 def make_model(network: str, config: Config, shape, seed: int):

@@ -31,9 +31,7 @@ def message(coordinator, num_processes=2, process_id=1):
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    "coordinator", ["localhost", "localhost:", ":80", "a:b", "a:0"]
-)
+@pytest.mark.parametrize("coordinator", ["localhost", "a:", ":80", "a:b", "a:0"])
 def test_a_coordinator_that_cannot_be_parsed_is_refused(coordinator):
     assert "must be HOST:PORT" in message(coordinator)
 
@@ -62,6 +60,8 @@ def gather(port, num_processes, results):
         results[0] = str(error)
 
 
+# The connections of processes that end here.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_process_0_waits_for_each_and_refuses_two_of_a_number(monkeypatch):
     monkeypatch.setattr(processes, "_PATIENCE", 20.0)
     for numbers, expected in (((2, 1), None), ((1, 1), "two processes have")):
@@ -173,20 +173,13 @@ def test_when_one_dies_the_other_ends_and_says_which(tmp_path, victim, part):
 
 @pytest.mark.process
 def test_a_mistake_of_one_ends_both_and_an_interrupted_run_is_resumed(tmp_path):
-    # Of the devices together.
     folder = tmp_path / "run"
-    first, second = start(folder, batch_size=21)
-    for process in (first, second):
-        assert "--batch-size must be" in last_line(process, 120)
-        assert process.returncode == 2
-
-    # Of one alone.
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    first, second = start(tmp_path / "other")
-    assert "holds no run" in last_line(first, 120)
-    assert second.wait(timeout=60) == 2
-    second.communicate()
+    together = start(folder, batch_size=21)
+    said = [last_line(process, 120) for process in together]
+    # The other may come to it as well.
+    assert any("--batch-size must be" in line for line in said)
+    assert all("--batch-size" in line or "has ended with" in line for line in said)
+    assert [process.returncode for process in together] == [2, 2]
 
     together = start(folder)
     wait_for_an_epoch(folder, together)
@@ -194,7 +187,9 @@ def test_a_mistake_of_one_ends_both_and_an_interrupted_run_is_resumed(tmp_path):
     assert "resumes the run" in last_line(together[0])
     assert together[0].returncode == 130
     assert "process 0 has ended with status 130" in last_line(together[1])
-    finished = len((folder / "metrics.jsonl").read_text().splitlines())
+    with (folder / "checkpoint.eqx").open("rb") as file:
+        file.readline()
+        finished = len(json.loads(file.readline())["metrics"])
     together = start(folder)
     output = together[0].stdout
     assert output is not None

@@ -42,7 +42,9 @@ class Ended(NamedTuple):
         if self.status < 0:
             name = signal.Signals(-self.status).name
             return f"process {self.process} was ended by {name}"
-        return f"process {self.process} has ended with status {self.status}"
+        return (
+            f"process {self.process} has ended with status {self.status}, and says why"
+        )
 
 
 def join(coordinator: str | None, num_processes: int, process_id: int) -> None:
@@ -236,8 +238,10 @@ def _first_failure(news, peers, process_id) -> Ended:
 
 def _prepare_child(alive, log):
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-    # What JAX writes when it loses a process is shown only if nothing else explains it.
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    # What JAX writes by itself, much of it when it loses a process, is shown only if
+    # nothing else explains the end.
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    os.dup2(log, 1)
     os.dup2(log, 2)
     sys.excepthook = _end_by_exception
 

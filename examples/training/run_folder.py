@@ -51,14 +51,16 @@ def resume(
     path = folder / _CHECKPOINT
     with _refuse_corrupt(path), files.open_plain(path) as file:
         header = _read_header(file)
-        old, metrics, arrays = (header[k] for k in ("config", "metrics", "arrays"))
-        _check_config(folder, old, config)
-        _check_arrays(path, arrays, like)
+        metrics = header["metrics"]
+        _check_config(folder, header["config"], config)
+        _check_arrays(path, header["arrays"], like)
         wanted = _serialise(like)
         content = file.read(len(wanted) + 1)
         if len(content) != len(wanted) or _digest(content) != header["digest"]:
             raise ValueError("the digest of its arrays is wrong")
-        return metrics, eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+        arrays, rest = eqx.partition(like, eqx.is_array)
+        arrays = eqx.tree_deserialise_leaves(io.BytesIO(content), arrays)
+        return metrics, eqx.combine(arrays, rest)
 
 
 def save(
@@ -111,7 +113,7 @@ def _check_arrays(path, arrays, like):
 
 def _serialise(tree):
     file = io.BytesIO()
-    eqx.tree_serialise_leaves(file, tree)
+    eqx.tree_serialise_leaves(file, eqx.filter(tree, eqx.is_array))
     return file.getvalue()
 
 
