@@ -92,14 +92,15 @@ def _gather(host, port, num_processes, process_id):
             server.settimeout(max(0.0, end - time.monotonic()))
             try:
                 peer, _ = server.accept()
-                peer.settimeout(_NEWS)
-                number = int(peer.makefile().readline())
             except (BlockingIOError, TimeoutError) as error:
                 missing = sorted({*range(1, num_processes)} - {*peers})
                 raise UserError(
                     f"process {', '.join(map(str, missing))} did not come to "
                     f"{host}:{port} within {_PATIENCE:.0f} seconds"
                 ) from error
+            try:
+                peer.settimeout(_NEWS)
+                number = int(peer.makefile().readline(10))
             except (OSError, ValueError):
                 continue  # Something else that looked for an open port.
             if number in peers or not 0 < number < num_processes:
@@ -129,14 +130,14 @@ def _reach(host, port, num_processes, process_id):
                     f"({error.strerror or error})"
                 ) from error
             time.sleep(0.2)
-    peer.sendall(f"{process_id}\n".encode())
     line = b""
-    while not line.endswith(b"\n"):
-        byte = peer.recv(1)
-        if not byte:
-            raise UserError("process 0 ended before all had come; it says why")
-        line += byte
-    return {0: peer}, int(line)
+    with contextlib.suppress(OSError):
+        peer.sendall(f"{process_id}\n".encode())
+        while byte := peer.recv(1):
+            line += byte
+            if byte == b"\n":
+                return {0: peer}, int(line)
+    raise UserError("process 0 ended before all had come, and says why")
 
 
 def _family(host, port):
@@ -165,18 +166,21 @@ def _supervise(peers, service_port, process_id):
             threading.Thread(target=target, args=args, daemon=True).start()
         ended = _first_failure(news, peers, process_id)
         _tell(peers, ended)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)  # It may be saying that it made the same mistake.
         child.kill()
         os.close(alive)
+        if child.wait() > 1:
+            return child.returncode
         if ended.process != process_id:
             raise UserError(
                 f"{ended}. The same commands, for all processes, resume the run"
             )
-        assert ended.status is not None  # as that of a machine that is gone
-        if ended.status < 0:
+        if child.returncode < 0:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))
             raise UserError(f"{ended}. The same commands resume the run")
-        return ended.status
+        return child.returncode
 
 
 def _start_child(service_port, log):
@@ -198,7 +202,7 @@ def _wait(process_id, child, news):
 
 
 def _listen(number, peer, news):
-    with contextlib.suppress(OSError), peer.makefile() as lines:
+    with contextlib.suppress(OSError, ValueError), peer.makefile() as lines:
         for line in lines:
             news.put(Ended(*json.loads(line)))
     news.put(Ended(number, None))
