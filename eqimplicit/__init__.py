@@ -21,7 +21,6 @@ from ._diagnostics.summary import (
     SolveSummary as SolveSummary,
     summarise as summarise,
 )
-from ._fp_resnet import FPResNet as FPResNet
 from ._layer.defaults import default_solver as default_solver
 from ._layer.deq import DEQ as DEQ
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
@@ -33,13 +32,13 @@ from ._parametrisation.base import (
     resolve as resolve,
 )
 from ._parametrisation.bounded import BoundedSpectrum as BoundedSpectrum
-from ._parametrisation.norm import WeightNorm as WeightNorm
-from ._parametrisation.spectrum import (
+from ._parametrisation.spectral_norm import (
     advance_spectral_norms as advance_spectral_norms,
     SpectralNorm as SpectralNorm,
     with_spectral_norm as with_spectral_norm,
 )
 from ._parametrisation.untrained import Untrained as Untrained
+from ._parametrisation.weight_norm import WeightNorm as WeightNorm
 from ._regularisation.base import (
     divergence as divergence,
     divergence_and_frobenius as divergence_and_frobenius,
@@ -59,6 +58,7 @@ from ._residual.explicit import (
     RevNetLayer as RevNetLayer,
     VerletLayer as VerletLayer,
 )
+from ._residual.fp_resnet import FPResNet as FPResNet
 from ._residual.hamiltonian import HamiltonianField as HamiltonianField
 from ._residual.ode_block import ODEBlock as ODEBlock
 from ._residual.runge_kutta import (

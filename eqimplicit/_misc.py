@@ -155,6 +155,11 @@ def stop_gradient(tree: PyTree[Any]) -> PyTree[Any]:
     )
 
 
+def check_callable(name: str, value: Any, usage: str) -> None:
+    if not callable(value):
+        raise TypeError(f"`{name}` must be callable as `{usage}`. Got {value!r}.")
+
+
 def check_positive_int(name: str, value: Any) -> None:
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or value < 1:

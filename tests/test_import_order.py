@@ -22,7 +22,6 @@ _ranks: tuple[tuple[str, ...], ...] = (
     ("_nn",),
     ("_layer",),
     ("_residual",),
-    ("_fp_resnet",),
     ("_regularisation", "_diagnostics"),
     ("models",),
     ("__init__",),

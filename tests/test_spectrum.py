@@ -7,7 +7,7 @@ import optimistix as optx
 import pytest
 
 import eqimplicit as eqi
-from eqimplicit.models.base import Conv2d
+from eqimplicit.models import Conv2d
 
 from .helpers import directional_difference, random_like
 

@@ -2,17 +2,22 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import lineax as lx
-import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
+from .._custom_types import LinearMap
 from .._linear_solver.gmres import GMRES
 from .._linear_solver.neumann_krylov import NeumannKrylov
 from .._linear_solver.neumann_series import NeumannSeries
-from .base import apply_implicit_rule, check_fixed_point, LinearSolve, negate_tags
+from .base import AbstractFixedPointAdjoint
+from .guards import check_fixed_point
+from .linear_solve import LinearSolve, negate_tags
+from .rules import apply_implicit_rule
 
 
-class ImplicitAdjoint(optx.AbstractAdjoint):
+class ImplicitAdjoint(AbstractFixedPointAdjoint):
     r"""Exact differentiation by the implicit function theorem,
 
     $$\frac{\mathrm{d}z}{\mathrm{d}\theta} = (I - J)^{-1} \frac{\partial f}{\partial
@@ -70,6 +75,15 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
         return apply_implicit_rule(
             self, primal_fn, rewrite_fn, inputs, linear_solve, exact=exact
         )
+
+    def count_products(
+        self, operator: LinearMap, cotangent: PyTree[Array]
+    ) -> Int[Array, ""]:
+        structure = jax.eval_shape(lambda: cotangent)
+        system = lx.FunctionLinearOperator(operator, structure)
+        state = self.linear_solver.init(system, {})
+        _, _, stats = self.linear_solver.compute(state, cotangent, {})
+        return jnp.asarray(stats.get("num_products", -1))
 
 
 ImplicitAdjoint.__init__.__doc__ = """**Arguments:**

@@ -1,13 +1,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import optimistix as optx
-from jaxtyping import Array, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
 
-from .base import attach_steps
+from .._custom_types import LinearMap
+from .base import AbstractFixedPointAdjoint
+from .rules import attach_steps
 
 
-class JFBAdjoint(optx.AbstractAdjoint):
+class JFBAdjoint(AbstractFixedPointAdjoint):
     r"""Jacobian-free backpropagation: differentiates one application of `f` at the
     solution, as if the iterate that went in were a constant.
 
@@ -47,6 +49,12 @@ class JFBAdjoint(optx.AbstractAdjoint):
     ) -> PyTree[Array]:
         del tags
         return attach_steps(self, primal_fn, rewrite_fn, inputs, 1, 1.0)
+
+    def count_products(
+        self, operator: LinearMap, cotangent: PyTree[Array]
+    ) -> Int[Array, ""]:
+        del operator, cotangent
+        return jnp.array(0)
 
 
 JFBAdjoint.__init__.__doc__ = "**Arguments:** none."

@@ -2,15 +2,19 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import optimistix as optx
-from jaxtyping import Array, Float, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
 
+from .._custom_types import LinearMap
 from .._linear_solver.neumann_series import NeumannSeries
 from .._misc import check_positive, check_positive_int
-from .base import apply_implicit_rule, check_fixed_point, LinearSolve
+from .base import AbstractFixedPointAdjoint
+from .guards import check_fixed_point
+from .linear_solve import LinearSolve
+from .rules import apply_implicit_rule
 
 
-class NeumannAdjoint(optx.AbstractAdjoint):
+class NeumannAdjoint(AbstractFixedPointAdjoint):
     r"""The Neumann-series phantom gradient: replaces the inverse in
     $\mathrm{d}z / \mathrm{d}\theta = (I - J)^{-1} \partial f / \partial \theta$ by the
     first $k$ terms of a damped Neumann series,
@@ -63,6 +67,12 @@ class NeumannAdjoint(optx.AbstractAdjoint):
         return apply_implicit_rule(
             self, primal_fn, rewrite_fn, inputs, linear_solve, exact=False
         )
+
+    def count_products(
+        self, operator: LinearMap, cotangent: PyTree[Array]
+    ) -> Int[Array, ""]:
+        del operator, cotangent
+        return jnp.array(self.num_terms - 1)
 
 
 NeumannAdjoint.__init__.__doc__ = """**Arguments:**

@@ -2,14 +2,16 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import optimistix as optx
-from jaxtyping import Array, Float, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
 
+from .._custom_types import LinearMap
 from .._misc import check_positive, check_positive_int
-from .base import attach_steps
+from .base import AbstractFixedPointAdjoint
+from .rules import attach_steps
 
 
-class PhantomAdjoint(optx.AbstractAdjoint):
+class PhantomAdjoint(AbstractFixedPointAdjoint):
     r"""The unrolled phantom gradient: takes $k$ damped steps
 
     $$h \leftarrow \lambda f(h) + (1 - \lambda) h$$
@@ -61,6 +63,12 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         return attach_steps(
             self, primal_fn, rewrite_fn, inputs, self.num_steps, self.damping
         )
+
+    def count_products(
+        self, operator: LinearMap, cotangent: PyTree[Array]
+    ) -> Int[Array, ""]:
+        del operator, cotangent
+        return jnp.array(self.num_steps - 1)
 
 
 PhantomAdjoint.__init__.__doc__ = """**Arguments:**

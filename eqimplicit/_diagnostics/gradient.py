@@ -6,11 +6,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 import optimistix as optx
 from equinox.internal import ω
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._adjoint.base import AbstractFixedPointAdjoint
 from .._adjoint.implicit import ImplicitAdjoint
 from .._adjoint.jfb import JFBAdjoint
 from .._adjoint.neumann import NeumannAdjoint
@@ -18,7 +18,7 @@ from .._adjoint.phantom import PhantomAdjoint
 from .._layer.base import evaluate_cell
 from .._layer.deq import DEQ
 from .._linear_solver.gmres import GMRES
-from .._misc import accumulation_dtype, state_dtype, two_norm
+from .._misc import accumulation_dtype, check_callable, state_dtype, two_norm
 from .._parametrisation.base import resolve
 
 
@@ -108,11 +108,7 @@ def gradient_report(
             "`loss` that does what comes after it. Got an object of type "
             f"`{type(layer).__name__}`."
         )
-    if not callable(loss):
-        raise TypeError(
-            "`loss` must be a function of the solution, and come before `x`. Got "
-            f"{loss!r}."
-        )
+    check_callable("loss", loss, "loss(z)")
     if adjoints is None:
         kinds = (
             JFBAdjoint(),
@@ -189,18 +185,7 @@ def _gradient(layer, loss, x, z, z0, key, state, adjoint):
 
 
 def _num_products(adjoint, pull_back, cotangent):
-    if isinstance(adjoint, JFBAdjoint):
-        return jnp.array(0)
-    if isinstance(adjoint, NeumannAdjoint):
-        return jnp.array(adjoint.num_terms - 1)
-    if isinstance(adjoint, PhantomAdjoint):
-        return jnp.array(adjoint.num_steps - 1)
-    if isinstance(adjoint, ImplicitAdjoint):
-        adjoint = resolve(adjoint)
-        transposed = lambda w: (w**ω - pull_back(w)[0] ** ω).ω
-        structure = jax.eval_shape(lambda: cotangent)
-        operator = lx.FunctionLinearOperator(transposed, structure)
-        solver_state = adjoint.linear_solver.init(operator, {})
-        _, _, stats = adjoint.linear_solver.compute(solver_state, cotangent, {})
-        return jnp.asarray(stats.get("num_products", -1))
-    return jnp.array(-1)
+    if not isinstance(adjoint, AbstractFixedPointAdjoint):
+        return jnp.array(-1)
+    operator = lambda w: (w**ω - pull_back(w)[0] ** ω).ω
+    return resolve(adjoint).count_products(operator, cotangent)

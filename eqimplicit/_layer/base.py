@@ -7,7 +7,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._adjoint.base import check_uncoupled
+from .._adjoint.base import AbstractFixedPointAdjoint
+from .._adjoint.guards import check_uncoupled
 from .._misc import all_finite, check_positive_int, clone, state_dtype, stop_gradient
 from .._parametrisation.base import resolve
 from .defaults import default_solver
@@ -95,8 +96,9 @@ def solve_cell(
         raise
     image, _ = eqx.combine(*output)
     check_same_structure("cell", image, z0, remedy)
-    check_uncoupled(jaxpr.jaxpr)
     solver, adjoint = options.or_defaults(z0, scale)
+    if not isinstance(adjoint, AbstractFixedPointAdjoint):  # which does it itself
+        check_uncoupled(jaxpr.jaxpr)
     solution = optx.fixed_point(
         _evaluate,
         solver,

@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._misc import as_state
+from .._misc import as_state, check_callable
 from .._parametrisation.base import resolve
 from .._parametrisation.untrained import untrained
 from .base import check_solve_arguments, solve_cell, SolveOptions
@@ -57,14 +57,9 @@ class DEQ(eqx.Module):
     init: Callable | None = None
 
     def __check_init__(self):
-        if not callable(self.cell):
-            raise TypeError(
-                f"`cell` must be callable as `cell(z, x)`. Got {self.cell!r}."
-            )
-        if self.init is not None and not callable(self.init):
-            raise TypeError(
-                f"`init` must be callable as `init(x)`, or None. Got {self.init!r}."
-            )
+        check_callable("cell", self.cell, "cell(z, x)")
+        if self.init is not None:
+            check_callable("init", self.init, "init(x)")
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
     def __call__(

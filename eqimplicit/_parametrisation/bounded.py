@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .._misc import check_callable
 from .base import resolve
 from .untrained import Untrained, untrained
 
@@ -46,11 +47,7 @@ class BoundedSpectrum(eqx.Module):
     scale: PyTree[Float[Array, "..."]] | None = None
 
     def __check_init__(self):
-        if not callable(self.vector_field):
-            raise TypeError(
-                "`vector_field` must be callable as `vector_field(t, y, args)`. Got "
-                f"{self.vector_field!r}."
-            )
+        check_callable("vector_field", self.vector_field, "vector_field(t, y, args)")
         numbers = isinstance(self.alpha, float | int) and isinstance(
             self.beta, float | int
         )

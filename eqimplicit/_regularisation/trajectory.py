@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._misc import as_state, check_positive_int, ravel
 from .._parametrisation.bounded import BoundedSpectrum
-from .._parametrisation.spectrum import SpectralNorm
+from .._parametrisation.spectral_norm import SpectralNorm
 from .._residual.ode_block import ODEBlock
 from .base import divergence_and_frobenius, jacobian_frobenius
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
 from .._layer.base import check_same_structure, finish, SolveOptions
-from .._misc import as_state, check_positive, state_dtype
+from .._misc import as_state, check_callable, check_positive, state_dtype
 from .._parametrisation.base import resolve
 
 
@@ -84,11 +84,7 @@ class AbstractResidualLayer(eqx.Module):
 def check_residual_layer(
     vector_field: Any, step_size: Any, adjoint: Any = None
 ) -> None:
-    if not callable(vector_field):
-        raise TypeError(
-            "`vector_field` must be callable as `vector_field(t, y, args)`. Got "
-            f"{vector_field!r}."
-        )
+    check_callable("vector_field", vector_field, "vector_field(t, y, args)")
     check_positive("step_size", step_size)
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
         warnings.warn(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import check_not_negative
-from .base import AbstractSecantIteration
+from .secant import AbstractSecantIteration
 
 
 class Anderson(AbstractSecantIteration[Y, Aux]):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Aux, Norm, Y
 from .._misc import state_dtype, two_norm, where
-from .base import init_measurement, measure, Measurement
+from .measure import init_measurement, measure, Measurement
 
 
 class _InnerState(eqx.Module, Generic[Y]):

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import dot
-from .base import AbstractSecantIteration
+from .secant import AbstractSecantIteration
 
 
 class Broyden(AbstractSecantIteration[Y, Aux]):

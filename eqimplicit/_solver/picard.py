@@ -1,11 +1,11 @@
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .._custom_types import Aux, Norm, Tolerances, Vector, Y
 from .._misc import check_positive
-from .base import AbstractFixedPointIteration
+from .iteration import AbstractFixedPointIteration
 
 
 class Picard(AbstractFixedPointIteration[Y, Aux, None]):
@@ -34,7 +34,10 @@ class Picard(AbstractFixedPointIteration[Y, Aux, None]):
     def init_history(self, z: Vector) -> None:
         del z
 
-    def propose(self, z: Vector, image: Vector, history: None) -> tuple[Vector, None]:
+    def propose(
+        self, z: Vector, image: Vector, history: None, num_steps: Int[Array, ""]
+    ) -> tuple[Vector, None]:
+        del num_steps
         if isinstance(self.damping, (int, float)) and self.damping == 1:
             return image, history
         damping = lax.stop_gradient(jnp.asarray(self.damping, z.dtype))

@@ -11,13 +11,13 @@ from .._nn.convolution import Conv2d
 from .._nn.normalisation import BatchNorm
 from .base import (
     chain,
-    ConvHead,
     drop_channels,
     ImageClassifier,
     leaky_relu,
-    Norm,
+    Normalisation,
     paper_layer,
 )
+from .conv_head import ConvHead
 
 
 class DeepEncoder(eqx.Module):
@@ -43,7 +43,7 @@ class DeepEncoder(eqx.Module):
         dropout: float = 0.15,
         margin: int = 4,
         grey: float = 0.449,
-        norm: Norm = BatchNorm,
+        norm: Normalisation = BatchNorm,
         *,
         key: PRNGKeyArray,
     ):
@@ -108,7 +108,7 @@ class PostNormCell(eqx.Module):
         channels: int = 35,
         num_blocks: int = 5,
         scale: float = 0.5,
-        norm: Norm = BatchNorm,
+        norm: Normalisation = BatchNorm,
         *,
         key: PRNGKeyArray,
     ):
@@ -180,8 +180,8 @@ def jfb_cifar10(
     num_classes: int = 10,
     channels: int = 35,
     num_blocks: int = 16,
-    norm: Norm = BatchNorm,
-    cell_norm: Norm | None = None,
+    norm: Normalisation = BatchNorm,
+    cell_norm: Normalisation | None = None,
     layer: Callable[[PostNormCell], Callable] = paper_layer(1e-1, 50),
     *,
     key: PRNGKeyArray,

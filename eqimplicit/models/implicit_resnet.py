@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._nn.convolution import Conv2d
 from .._parametrisation.bounded import BoundedSpectrum
-from .._parametrisation.spectrum import with_spectral_norm
+from .._parametrisation.spectral_norm import with_spectral_norm
 from .._residual.ode_block import ODEBlock
 from .._residual.theta import ThetaLayer
 

@@ -4,14 +4,10 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from .._nn.normalisation import BatchNorm
-from .base import (
-    ConvEncoder,
-    ConvHead,
-    ImageClassifier,
-    Norm,
-    paper_layer,
-    ResidualCell,
-)
+from .base import ImageClassifier, Normalisation, paper_layer
+from .conv_encoder import ConvEncoder
+from .conv_head import ConvHead
+from .residual_cell import ResidualCell
 
 
 def jfb_mnist(
@@ -19,8 +15,8 @@ def jfb_mnist(
     num_classes: int = 10,
     channels: int = 32,
     pool: int = 3,
-    norm: Norm = BatchNorm,
-    cell_norm: Norm | None = None,
+    norm: Normalisation = BatchNorm,
+    cell_norm: Normalisation | None = None,
     layer: Callable[[ResidualCell], Callable] = paper_layer(1e-4, 50),
     *,
     key: PRNGKeyArray,

@@ -10,14 +10,14 @@ from .._nn.convolution import Conv2d
 from .._nn.normalisation import BatchNorm
 from .base import (
     chain,
-    ConvHead,
     drop_channels,
     ImageClassifier,
     leaky_relu,
-    Norm,
+    Normalisation,
     paper_layer,
-    ResidualCell,
 )
+from .conv_head import ConvHead
+from .residual_cell import ResidualCell
 
 
 class ResNetEncoder(eqx.Module):
@@ -40,7 +40,7 @@ class ResNetEncoder(eqx.Module):
         in_channels: int = 3,
         channels: Sequence[int] = (16, 32, 64),
         dropout: float = 0.1,
-        norm: Norm = BatchNorm,
+        norm: Normalisation = BatchNorm,
         *,
         key: PRNGKeyArray,
     ):
@@ -119,8 +119,8 @@ def jfb_svhn(
     in_shape: tuple[int, int, int] = (32, 32, 3),
     num_classes: int = 10,
     channels: tuple[int, int, int] = (16, 32, 64),
-    norm: Norm = BatchNorm,
-    cell_norm: Norm | None = None,
+    norm: Normalisation = BatchNorm,
+    cell_norm: Normalisation | None = None,
     layer: Callable[[ResidualCell], Callable] = paper_layer(1e-4, 200),
     *,
     key: PRNGKeyArray,

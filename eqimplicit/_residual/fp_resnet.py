@@ -10,14 +10,14 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
 
-from ._adjoint.neumann import NeumannAdjoint
-from ._custom_types import Y
-from ._misc import check_positive
-from ._parametrisation.base import resolve
-from ._parametrisation.bounded import BoundedSpectrum
-from ._residual.ode_block import ODEBlock
-from ._residual.theta import ThetaLayer
-from ._solver.picard import Picard
+from .._adjoint.neumann import NeumannAdjoint
+from .._custom_types import Y
+from .._misc import check_positive
+from .._parametrisation.base import resolve
+from .._parametrisation.bounded import BoundedSpectrum
+from .._solver.picard import Picard
+from .ode_block import ODEBlock
+from .theta import ThetaLayer
 
 
 class FPResNet(eqx.Module):
