@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import tyro
-from training import command_line, figures, files, results as results_file
+from training import command_line, experiment, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -214,7 +214,7 @@ def report(results: dict[str, Any]) -> None:
     results_file.print_table(header, rows)
 
 
-def draw(config: Config, shapes) -> None:
+def draw(config: Config, content, shapes) -> None:
     true = np.asarray(shapes["true"][0])
     pictures = {"true": true}
     for theta, states in shapes["states"].items():
@@ -243,13 +243,7 @@ def draw(config: Config, shapes) -> None:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
     jax.config.update("jax_enable_x64", True)
-    with files.claim(config.out):
-        results, shapes = run(config)
-        report(results)
-        results_file.save(config.out, results)
-        draw(config, shapes)
-        print(f"Figures and results.json are in {config.out}")
-        return results
+    return experiment.conclude(config, run, report, draw)
 
 
 if __name__ == "__main__":

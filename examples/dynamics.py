@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-import tqdm
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from training import progress
 from training.command_line import UserError
 
 
@@ -154,9 +154,7 @@ def fit(
     chunk = max(n for n in range(1, longest + 1) if num_steps % n == 0)
     inputs = jnp.arange(num_steps) if inputs is None else inputs
     records = []
-    with tqdm.tqdm(
-        total=num_steps, desc=name, unit=" steps", dynamic_ncols=True
-    ) as bar:
+    with progress.bar(num_steps, name) as done:
         for start in range(0, num_steps, chunk):
             some = jax.tree.map(lambda x: x[start : start + chunk], inputs)
             carry, record = train(carry, others, some)
@@ -167,8 +165,7 @@ def fit(
                     "Try a smaller learning rate or another seed"
                 )
             records.append(record)
-            bar.update(chunk)
-            bar.set_postfix({k: f"{float(jnp.mean(v)):.2e}" for k, v in last.items()})
+            done(chunk, **{k: float(jnp.mean(v)) for k, v in last.items()})
     records = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *records)
     return eqx.combine(carry[0], others, static), records
 

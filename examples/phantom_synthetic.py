@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.ticker
 import numpy as np
-from training import figures
+from training import figures, results as results_file
 
 import eqimplicit as eqi
 
@@ -88,6 +88,27 @@ def _conditions(jacobians, damping):
         totals[k] = np.linalg.cond(total)
         total = damping * identity + step @ total
     return np.stack([totals[k] for k in STEPS], axis=-1)
+
+
+def run() -> dict[str, dict[str, Any]]:
+    with jax.enable_x64(True):
+        return {name: compare(name, 64, 20) for name in MAPS}
+
+
+def rows(synthetic: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = []
+    for name, one in synthetic.items():
+        for damping, k in ((1.0, 1), (1.0, 5), (0.5, 5), (0.5, 9), (0.1, 20)):
+            i = DAMPINGS.index(damping)
+            j = STEPS.index(k)
+            lines.append(
+                results_file.row(
+                    f"{name}: cosine of UPG({k}, {damping:g})",
+                    one["unrolled"][:, i, j],
+                    "figure only",
+                )
+            )
+    return lines
 
 
 def draw(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> None:

@@ -9,24 +9,23 @@ network and seed has a run folder of its own, so that the same command resumes.
 """
 
 import dataclasses
-import functools as ft
 import itertools
 import pathlib
-import warnings
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import optax
-import optimistix as optx
 import tyro
+from robust_networks import (
+    advance,
+    make_forward,
+    make_model,
+    make_optimiser,
+    SKIP,
+)
+from robust_noise import KINDS, NOISES, PARTS, score
 from training import (
-    classifiers,
     command_line,
-    devices,
+    experiment,
     figures,
     image_data,
     loop,
@@ -35,15 +34,9 @@ from training import (
 )
 from training.command_line import UserError
 
-import eqimplicit as eqi
 
-
-SKIP = "skip"
 ALL = ("0", "0.25", "0.5", "0.75", "1", SKIP)
 SMALL = ("0", "0.5", "1")
-PARTS = ("train", "test")
-KINDS = ("gaussian", "clipped")
-NOISES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 # Of the paper's Table 3, in percent: top-1, and top-2, at each level of noise.
 PAPER = {
     "0": ((100, 98.2, 89.2, 74.7, 59.3, 47.2), (100, 99.7, 96.7, 89.0, 75.5, 65.7)),
@@ -100,112 +93,7 @@ class Config(options.Options):
     """The folder, by default runs/robust-DATASET."""
 
 
-def make_layer(network: str, field: Any) -> eqi.ThetaLayer:
-    if network == SKIP:
-        solver = eqi.MinimiserAsFixedPoint(optx.GradientDescent(0.1, 0.0, 0.0))
-        with warnings.catch_warnings():
-            # These steps are the layer, so it is they that are to be differentiated.
-            warnings.simplefilter("ignore")
-            return eqi.ThetaLayer(
-                field,
-                theta=1.0,
-                solver=solver,
-                adjoint=optx.RecursiveCheckpointAdjoint(),
-                max_steps=5,
-            )
-    theta = float(network)
-    solver = eqi.Anderson(1e-3, 1e-4, damping=field.damping(theta))
-    # The default for few unknowns is a factorisation, which in jaxlib never ends where
-    # a batch is divided among several devices of one CPU.
-    adjoint = eqi.ImplicitAdjoint()
-    return eqi.ThetaLayer(
-        field, theta=theta, solver=solver, adjoint=adjoint, max_steps=100
-    )
-
-
-def make_model(network: str, config: Config, shape, seed: int):
-    sizes: dict[str, Any] = {}
-    if config.small:
-        sizes = {"channels": (4, 8, 16), "stem_stride": 2 if shape[0] > 20 else 1}
-    return eqi.models.ImplicitResNet(
-        shape,
-        alpha=config.alpha,
-        beta=config.beta,
-        layer=ft.partial(make_layer, network),
-        **sizes,
-        key=jr.key(seed),
-    )
-
-
-def divergence(stage: eqi.ODEBlock, solution: optx.Solution, key) -> jax.Array:
-    """The mean of each block's, per unknown, at the state that it returned."""
-    total = jnp.zeros(())
-    for k in range(stage.num_steps):
-        layer = jax.tree.map(lambda x: x[k] if eqx.is_array(x) else x, stage.layer)
-        field = eqi.resolve(layer.vector_field)
-        y = jax.lax.stop_gradient(solution.value[k + 1])
-        estimate = eqi.divergence(
-            lambda y: field(0.0, y, None), y, key=jr.fold_in(key, k)
-        )
-        total += estimate / y.size
-    return total / stage.num_steps
-
-
-def forward(divergence_weight, model, state, images, key=None) -> classifiers.Output:
-    """With the penalty of each stage, if there is a key for it."""
-
-    def one(image, key):
-        logits, solutions = model.solve(image)
-        solves = {
-            f"stage {i}": classifiers.Solve(
-                jnp.sum(jnp.asarray(solution.stats.get("num_evaluations", 0))),
-                jnp.any(solution.result != optx.RESULTS.successful),
-                jnp.any(solution.result == optx.RESULTS.nonfinite),
-            )
-            for i, solution in enumerate(solutions)
-        }
-        penalty = jnp.zeros(())
-        if key is not None and divergence_weight > 0:
-            for i, (stage, solution) in enumerate(zip(model.stages, solutions)):
-                stage_key = jr.fold_in(key, i)
-                penalty += divergence_weight * divergence(stage, solution, stage_key)
-        return logits, solves, penalty
-
-    keys = None if key is None else jr.split(key, len(images))
-    logits, solves, penalty = jax.vmap(one, (0, None if key is None else 0))(
-        images, keys
-    )
-    return classifiers.Output(logits, state, solves, penalty)
-
-
-def advance(model: eqi.models.ImplicitResNet) -> eqi.models.ImplicitResNet:
-    """Keeps the spectral norms up with the kernels."""
-    layers = lambda model: [stage.layer for stage in model.stages]
-    new = [eqx.filter_vmap(eqi.advance_spectral_norms)(one) for one in layers(model)]
-    return eqx.tree_at(layers, model, new)
-
-
-@ft.cache
-def make_optimiser(learning_rate, num_steps):
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-
-
-@ft.cache  # One object for equal weights, for which a step is compiled once.
-def make_forward(divergence_weight):
-    return ft.partial(forward, divergence_weight)
-
-
-def add_noise(part: image_data.Images, size: float, most: int, kind: str):
-    """Gaussian noise on the grey values from 0 to 1. Clipped is what then lies outside:
-    on a black background that is half of the noise, and the rest is brighter."""
-    noise = np.random.default_rng(0).normal(0, size, part.images.shape)
-    images = part.images / most + noise
-    if kind == "clipped":
-        images = np.clip(images, 0, 1)
-    return image_data.Images((images * most).astype(np.float32), part.labels)
-
-
-def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+def run(config: Any) -> tuple[dict[str, Any], None]:
     config = dataclasses.replace(
         config,
         networks=options.given(config.networks, SMALL if config.small else ALL),
@@ -213,8 +101,6 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         batch_size=options.given(config.batch_size, 25 if config.small else 125),
     )
     assert config.networks is not None and config.epochs is not None
-    if config.seeds < 1:
-        options.refuse("seeds", config.seeds, "at least 1")
     for network in config.networks:
         try:
             is_theta = 0 <= float(network) <= 1
@@ -230,65 +116,36 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     data = data._replace(test=test)
     most = int(data.train.images.max())
     steps = config.epochs * options.steps_per_epoch(config, len(data.train.labels))
-    results = {}
-    for network in config.networks:
-        scores = []
-        for seed in range(config.seed, config.seed + config.seeds):
-            task = loop.Task(
-                make_model(network, config, data.train.images.shape[1:], seed),
-                None,
-                make_forward(config.divergence_weight),
-                make_optimiser(config.learning_rate, steps),
-                after=advance,
-            )
-            metrics, model, _ = loop.train(
-                task,
-                data,
-                # So that more networks and seeds can join the same experiment.
-                dataclasses.replace(config, networks=(network,), seed=seed, seeds=1),
-                folder / f"{network}-{seed}",
-                f"{config.dataset}: theta {network}",
-                "robust-resnet",
-            )
-            scores.append(score(task, model, data, config, most))
-            scores[-1]["evaluations"] = metrics[-1]["evaluations"]
-            scores[-1]["unconverged"] = metrics[-1]["unconverged"]
-        results[network] = {
-            key: np.array([one[key] for one in scores]) for key in scores[0]
-        }
-    return {
-        "experiment": f"noise, {config.dataset}{', small' if config.small else ''}",
-        "config": dataclasses.asdict(config),
-        "test_size": len(data.test.labels),
-        "rows": rows(results, config),
-        "results": results,
+
+    def train(network, seed):
+        task = loop.Task(
+            make_model(network, config, data.train.images.shape[1:], seed),
+            None,
+            make_forward(config.divergence_weight),
+            make_optimiser(config.learning_rate, steps),
+            after=advance,
+        )
+        metrics, model, _ = loop.train(
+            task,
+            data,
+            # So that more networks and seeds can join the same experiment.
+            dataclasses.replace(config, networks=(network,), seed=seed, seeds=1),
+            config.out / f"{network}-{seed}",
+            f"{config.dataset}: theta {network}",
+            "robust-resnet",
+        )
+        last = {key: metrics[-1][key] for key in ("evaluations", "unconverged")}
+        return score(task, model, data, config, most) | last
+
+    scores = experiment.each(config.networks, config, train)
+    results = {
+        network: {key: np.array([one[key] for one in some]) for key in some[0]}
+        for network, some in scores.items()
     }
-
-
-def out_folder(config):
-    return config.out or pathlib.Path("runs", f"robust-{config.dataset}")
-
-
-def score(task, model, data, config, most):
-    """Top-1 and top-2 accuracies at each level of noise, in percent."""
-    scores = {}
-    for part, kind in itertools.product(PARTS, KINDS):
-        all_ranks = [
-            loop.ranks(
-                task,
-                model,
-                None,
-                data,
-                add_noise(getattr(data, part), noise, most, kind),
-                config.batch_size,
-                config.precision,
-            )
-            for noise in NOISES
-        ]
-        for top in (1, 2):
-            key = f"{part}, {kind}, top-{top}"
-            scores[key] = [100 * np.mean(ranks < top) for ranks in all_ranks]
-    return scores
+    title = f"noise, {config.dataset}{', small' if config.small else ''}"
+    size = len(data.test.labels)
+    lines = rows(results, config)
+    return experiment.result(title, config, lines, results, test_size=size), None
 
 
 def rows(results: dict[str, Any], config: Config) -> list[dict[str, Any]]:
@@ -347,7 +204,7 @@ def report(content: dict[str, Any]) -> None:
         results_file.print_table(header, table)
 
 
-def draw(config: Config, content: dict[str, Any]) -> None:
+def draw(config: Any, content: dict[str, Any], more: None) -> None:
     figure, axes = figures.grid(2, 2, width=4, height=3.3)
     colours = itertools.cycle(figures.COLOURS)
     for (network, one), colour in zip(content["results"].items(), colours):
@@ -366,22 +223,15 @@ def draw(config: Config, content: dict[str, Any]) -> None:
             axis.set(xlabel="standard deviation of the noise", ylabel="accuracy, %")
     figures.legend_beside(figure, axes[0, 0])
     title = f"{config.dataset}: robustness to noise"
-    figures.save(figure, out_folder(config), "noise.png", title)
+    figures.save(figure, config.out, "noise.png", title)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
     options.start(config)
-    folder = out_folder(config)
-    with devices.claim(folder):
-        content = run(config, folder)
-        if not devices.is_first():
-            return content
-        report(content)
-        results_file.save(folder, content)
-        draw(config, content)
-        print(f"The figure and results.json are in {folder}.")
-        return content
+    folder = options.given(config.out, pathlib.Path("runs", f"robust-{config.dataset}"))
+    config = dataclasses.replace(config, out=folder)
+    return experiment.conclude(config, run, report, draw)
 
 
 if __name__ == "__main__":

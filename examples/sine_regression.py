@@ -25,7 +25,7 @@ import optax
 import optimistix as optx
 import tyro
 from jaxtyping import Array
-from training import command_line, figures, files, results as results_file
+from training import command_line, experiment, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -230,7 +230,7 @@ def report(results: dict[str, Any]) -> None:
     results_file.print_table(header, rows)
 
 
-def draw(config: Config, curves) -> None:
+def draw(config: Config, content, curves) -> None:
     weights = config.divergence_weights[
         :: 2 if len(config.divergence_weights) > 3 else 1
     ]
@@ -290,13 +290,7 @@ def draw(config: Config, curves) -> None:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
     jax.config.update("jax_enable_x64", True)
-    with files.claim(config.out):
-        results, curves = run(config)
-        report(results)
-        results_file.save(config.out, results)
-        draw(config, curves)
-        print(f"Figures and results.json are in {config.out}")
-        return results
+    return experiment.conclude(config, run, report, draw)
 
 
 if __name__ == "__main__":

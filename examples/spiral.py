@@ -21,7 +21,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from training import command_line, figures, files, results as results_file
+from training import command_line, experiment, figures, results as results_file
 from training.command_line import UserError
 
 import eqimplicit as eqi
@@ -241,7 +241,7 @@ def report(results: dict[str, Any]) -> None:
     results_file.print_table(header + ["continuous", "Lipschitz", "seconds"], rows)
 
 
-def draw(config: Config, models, results) -> None:
+def draw(config: Config, results, models) -> None:
     columns = len(config.fields)
     rows = -(-len(models) // columns)
     figure, axes = figures.grid(rows, columns, 3, 3)
@@ -272,13 +272,7 @@ def draw(config: Config, models, results) -> None:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(Config, args=args)
-    with files.claim(config.out):
-        results, models = run(config)
-        report(results)
-        results_file.save(config.out, results)
-        draw(config, models, results)
-        print(f"Figures and results.json are in {config.out}")
-        return results
+    return experiment.conclude(config, run, report, draw)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,15 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-import tqdm
 
-from . import curves, devices, image_data, options as options_module, run_folder
+from . import (
+    curves,
+    devices,
+    image_data,
+    options as options_module,
+    progress,
+    run_folder,
+)
 from .classifiers import cross_entropy, Output
 from .command_line import UserError
 
@@ -200,26 +206,27 @@ def _epoch(task, data, options, folder, epoch, arrays):
     order = np.asarray(jr.permutation(key, len(data.train.labels)))
     num_steps = options_module.steps_per_epoch(options, len(order))
     lines, nonfinite = [], []
-    name = f"epoch {epoch}"
-    is_quiet = None if devices.is_first() else True
-    for i in tqdm.trange(num_steps, desc=name, leave=False, disable=is_quiet):
-        indices = order[i * options.batch_size : (i + 1) * options.batch_size]
-        images, labels = devices.divide(data.normalise(data.train, indices))
-        step = (epoch - 1) * num_steps + i
-        arrays, line, bad = train_step(
-            arrays,
-            images,
-            labels,
-            jr.fold_in(key, i),
-            task._replace(model=None, state=None, at_step=None, diagnose=None),
-            task.at_step(step),
-            options.precision,
-        )
-        lines.append(line)
-        nonfinite.append(bad)
-        # The step before, so that the device need not wait for the next.
-        if i > 0:
-            _check_finite(lines[-2], nonfinite[-2], step - 1, epoch, folder)
+    is_quiet = not devices.is_first()
+    with progress.bar(num_steps, f"epoch {epoch}", leave=False, quiet=is_quiet) as done:
+        for i in range(num_steps):
+            indices = order[i * options.batch_size : (i + 1) * options.batch_size]
+            images, labels = devices.divide(data.normalise(data.train, indices))
+            step = (epoch - 1) * num_steps + i
+            arrays, line, bad = train_step(
+                arrays,
+                images,
+                labels,
+                jr.fold_in(key, i),
+                task._replace(model=None, state=None, at_step=None, diagnose=None),
+                task.at_step(step),
+                options.precision,
+            )
+            lines.append(line)
+            nonfinite.append(bad)
+            # The step before, so that the device need not wait for the next.
+            if i > 0:
+                _check_finite(lines[-2], nonfinite[-2], step - 1, epoch, folder)
+            done()
     _check_finite(lines[-1], nonfinite[-1], epoch * num_steps - 1, epoch, folder)
     means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
     return arrays, means
