@@ -37,7 +37,7 @@ def solution_of(cell, x, num_steps=300):
     return z
 
 
-SOLVERS = {
+LAYER_SOLVERS = {
     "Picard": lambda tol: eqi.Picard(tol, tol),
     "Anderson": lambda tol: eqi.Anderson(tol, tol),
     "Broyden": lambda tol: eqi.Broyden(tol, tol),
@@ -89,10 +89,10 @@ def assert_gradient(loss, tree, rtol=1e-5):
 # The value
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", LAYER_SOLVERS)
 def test_the_value_solves_the_equation(name):
     cell, x = problem()
-    deq = eqi.DEQ(cell, SOLVERS[name](1e-11))
+    deq = eqi.DEQ(cell, LAYER_SOLVERS[name](1e-11))
     z = eqx.filter_jit(deq)(x)
     assert jnp.max(jnp.abs(cell(z, x) - z)) < 1e-10
     assert jnp.max(jnp.abs(z - solution_of(cell, x))) < 1e-10
@@ -194,7 +194,7 @@ def test_low_precision_is_kept(dtype):
 @pytest.mark.parametrize("name", ["Picard", "Anderson", "Broyden"])
 def test_examples_of_a_batch_stop_on_their_own(name):
     cell, x = problem(0.9)
-    deq = eqi.DEQ(cell, SOLVERS[name](1e-9), max_steps=60)
+    deq = eqi.DEQ(cell, LAYER_SOLVERS[name](1e-9), max_steps=60)
 
     @jax.jit
     def run(xs):
@@ -262,7 +262,7 @@ class Counting(eqx.Module):
 def test_the_state_is_that_of_one_evaluation_at_the_solution(name):
     plain, x = problem()
     cell, state = eqx.nn.make_with_state(Counting)(plain.weight)
-    deq = eqi.DEQ(cell, SOLVERS[name](1e-12))
+    deq = eqi.DEQ(cell, LAYER_SOLVERS[name](1e-12))
 
     @eqx.filter_jit
     def run(x, state):
@@ -402,7 +402,9 @@ def test_the_gradient_of_a_batch_that_is_one_state(solver, adjoint):
 
     def loss(weight):
         new_cell = eqx.tree_at(lambda c: c.weight, cell, weight)
-        deq = eqi.DEQ(BatchCell(new_cell), SOLVERS[solver](1e-12), ADJOINTS[adjoint]())
+        deq = eqi.DEQ(
+            BatchCell(new_cell), LAYER_SOLVERS[solver](1e-12), ADJOINTS[adjoint]()
+        )
         return jnp.sum(weights * deq(xs, state=state)[0])
 
     assert_gradient(loss, cell.weight)
@@ -453,7 +455,7 @@ def test_checkpointing_does_not_change_the_gradient(adjoint):
 def test_the_unrolled_gradient_is_finite_at_a_fixed_point(name):
     # x = 0 gives z = 0 at once, where norms have no derivative.
     cell, x = problem()
-    deq = eqi.DEQ(cell, SOLVERS[name](1e-9), optx.RecursiveCheckpointAdjoint())
+    deq = eqi.DEQ(cell, LAYER_SOLVERS[name](1e-9), optx.RecursiveCheckpointAdjoint())
     gradient = jax.jit(jax.grad(lambda x, z0: jnp.sum(deq(x, z0)), argnums=(0, 1)))
     for start in (0 * x, solution_of(cell, x)):
         found = gradient(x if jnp.any(start) else 0 * x, start)

@@ -119,7 +119,7 @@ def problem(dtype=jnp.float64, norm=0.8):
     return Cell(weight.astype(dtype)), x.astype(dtype)
 
 
-SOLVERS = {
+HISTORIES = {
     "Picard": lambda tol: eqi.Picard(tol, tol),
     "Anderson": lambda tol: eqi.Anderson(tol, tol),
     "Broyden": lambda tol: eqi.Broyden(tol, tol, norm=optx.two_norm),
@@ -129,10 +129,10 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", HISTORIES)
 def test_convergence_history_is_that_of_the_solver(name):
     cell, x = problem()
-    fn, solver = lambda z: cell(z, x), SOLVERS[name](1e-8)
+    fn, solver = lambda z: cell(z, x), HISTORIES[name](1e-8)
 
     @eqx.filter_jit
     def run(max_steps):
@@ -179,12 +179,12 @@ def test_convergence_history_works_under_vmap_on_pytrees_in_single_precision(nam
             return {"a": out[:2], "b": out[2:].reshape(2, 2)}
 
         z = {"a": jnp.zeros(2, jnp.float32), "b": jnp.zeros((2, 2), jnp.float32)}
-        return eqi.convergence_history(fn, z, SOLVERS[name](1e-6), num_steps=3)
+        return eqi.convergence_history(fn, z, HISTORIES[name](1e-6), num_steps=3)
 
     batch = jax.jit(jax.vmap(history))(jnp.stack([x, -x, 0 * x]))
     assert batch.dtype == jnp.float32
     single = eqi.convergence_history(
-        lambda z: cell(z, x), jnp.zeros_like(x), SOLVERS[name](1e-6), num_steps=3
+        lambda z: cell(z, x), jnp.zeros_like(x), HISTORIES[name](1e-6), num_steps=3
     )
     assert jnp.allclose(batch[0], single, rtol=1e-4)
     assert jnp.allclose(batch[1], single, rtol=1e-4)

@@ -15,7 +15,7 @@ from .helpers import orthogonal
 TIGHT = 1e-12
 
 # Each solves I - J for a contractive J.
-SOLVERS = {
+LINEAR_SOLVERS = {
     "GMRES": lambda: eqi.GMRES(TIGHT, 0.0),
     "GMRES with a short cycle": lambda: eqi.GMRES(TIGHT, 0.0, restart=3),
     "NeumannKrylov": lambda: eqi.NeumannKrylov(TIGHT, 0.0, eqi.GMRES(TIGHT, 0.0)),
@@ -30,7 +30,7 @@ SOLVERS = {
     "damped NeumannSeries": lambda: eqi.NeumannSeries(160, damping=0.7),
 }
 
-TO_A_TOLERANCE = [name for name in SOLVERS if "Series" not in name]
+TO_A_TOLERANCE = [name for name in LINEAR_SOLVERS if "Series" not in name]
 
 # A few that stand for all where compilation is what takes the time.
 FEW = ["GMRES", "NeumannKrylov", "Anderson", "damped NeumannSeries"]
@@ -160,17 +160,17 @@ def counting_operator(matrix):
 # All solvers
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
 def test_solution_is_that_of_a_dense_solve(name):
     matrix, b = contraction()
-    x, success, _ = solve(SOLVERS[name](), matrix, b)
+    x, success, _ = solve(LINEAR_SOLVERS[name](), matrix, b)
     assert success
     assert relative_error(x, jnp.linalg.solve(matrix, b)) < 1e-10
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_derivatives_of_a_plain_lineax_solve_are_those_of_a_dense_one(name):
-    solver = SOLVERS[name]()
+    solver = LINEAR_SOLVERS[name]()
 
     def ours(matrix, b):
         return lx.linear_solve(lx.MatrixLinearOperator(matrix), b, solver).value
@@ -203,15 +203,15 @@ def test_operators_on_pytrees_are_solved(name):
 
     y = {"a": jnp.arange(2.0), "b": jnp.ones((2, 3))}
     operator = lx.JacobianLinearOperator(fn, y)
-    found = eqx.filter_jit(lx.linear_solve)(operator, y, SOLVERS[name]()).value
+    found = eqx.filter_jit(lx.linear_solve)(operator, y, LINEAR_SOLVERS[name]()).value
     expected = lx.linear_solve(operator, y, lx.LU()).value
     assert eqx.tree_equal(found, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
 def test_a_zero_right_hand_side_gives_zero(name):
     matrix, b = contraction()
-    x, success, _ = solve(SOLVERS[name](), matrix, jnp.zeros_like(b))
+    x, success, _ = solve(LINEAR_SOLVERS[name](), matrix, jnp.zeros_like(b))
     assert success
     assert jnp.all(x == 0)
 
@@ -226,9 +226,9 @@ def test_a_zero_right_hand_side_takes_no_products(name):
 @pytest.mark.parametrize("name", TO_A_TOLERANCE)
 def test_a_nan_is_flagged(name):
     matrix, b = contraction()
-    _, success, _ = solve(SOLVERS[name](), matrix, b.at[3].set(jnp.nan))
+    _, success, _ = solve(LINEAR_SOLVERS[name](), matrix, b.at[3].set(jnp.nan))
     assert not success
-    _, success, _ = solve(SOLVERS[name](), matrix.at[2, 3].set(jnp.nan), b)
+    _, success, _ = solve(LINEAR_SOLVERS[name](), matrix.at[2, 3].set(jnp.nan), b)
     assert not success
 
 
@@ -246,7 +246,7 @@ def test_examples_of_a_batch_do_not_touch_each_other(name):
     nan = ordinary.at[4, 0].set(jnp.nan)
     zero = ordinary.at[4].set(0).at[5].set(0)
     huge = ordinary.at[4].set(1e12 * b)
-    runs = [solve_batch(SOLVERS[name](), matrices, v) for v in (nan, zero, huge)]
+    runs = [solve_batch(LINEAR_SOLVERS[name](), matrices, v) for v in (nan, zero, huge)]
     for solution, success, num_products in runs:
         assert jnp.array_equal(solution[:4], runs[0][0][:4])
         assert jnp.array_equal(num_products[:4], runs[0][2][:4])
@@ -284,14 +284,16 @@ def test_the_solution_scales_with_the_right_hand_side(name, dtype):
 @pytest.mark.parametrize("name", FEW)
 def test_systems_with_one_unknown_are_solved(name):
     for a in (1.0, 0.6, 1.4):
-        x, success, _ = solve(SOLVERS[name](), jnp.array([[a]]), jnp.array([-3.0]))
+        x, success, _ = solve(
+            LINEAR_SOLVERS[name](), jnp.array([[a]]), jnp.array([-3.0])
+        )
         assert success
         assert jnp.allclose(x, -3.0 / a, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
 def test_rectangular_operators_and_options_are_refused(name):
-    solver = SOLVERS[name]()
+    solver = LINEAR_SOLVERS[name]()
     operator = lx.MatrixLinearOperator(jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="square"):
         lx.linear_solve(operator, jnp.ones(3), solver)
@@ -763,7 +765,7 @@ def test_tags_describe_the_jacobian_less_the_identity(name):
 
 @pytest.mark.parametrize("name", ["default", "Anderson", "NeumannSeries"])
 def test_a_nan_cotangent_never_becomes_a_finite_gradient(name):
-    solver = None if name == "default" else SOLVERS[name]()
+    solver = None if name == "default" else LINEAR_SOLVERS[name]()
     jacobian = matrix_of_norm(jr.key(22), 6, 0.6)
     gradient = jnp.ones(6).at[2].set(jnp.nan)
     found = cotangent_of(jacobian, jnp.float64, gradient, solver)

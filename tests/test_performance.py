@@ -23,7 +23,7 @@ from .helpers import ADJOINTS, matrix_of_norm
 
 _root = pathlib.Path(__file__).parent.parent
 SIZE = 71  # that of nothing else in the program, and above what GMRES keeps whole
-SOLVERS = {"Picard": eqi.Picard, "Anderson": eqi.Anderson, "Broyden": eqi.Broyden}
+ITERATIONS = {"Picard": eqi.Picard, "Anderson": eqi.Anderson, "Broyden": eqi.Broyden}
 
 
 class Cell(eqx.Module):
@@ -62,9 +62,9 @@ def count_products(fn, layer, x):
     return count("main")
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ITERATIONS)
 def test_a_solve_has_one_product_in_its_program(getkey, name):
-    layer, x = make(getkey, solver=SOLVERS[name](1e-4, 1e-4))
+    layer, x = make(getkey, solver=ITERATIONS[name](1e-4, 1e-4))
     assert count_products(loss, layer, x) == 1
 
 
@@ -91,7 +91,7 @@ def test_a_gradient_linearises_once_and_has_a_product_a_loop(getkey, name):
 )
 def test_evaluations_to_tolerance(getkey, name, most):
     """Of a Gaussian weight with gain 0.8, the mean of ten seeds."""
-    solver = SOLVERS[name](0.0, 1e-4, optx.rms_norm)
+    solver = ITERATIONS[name](0.0, 1e-4, optx.rms_norm)
 
     @eqx.filter_jit
     @eqx.filter_vmap

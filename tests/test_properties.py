@@ -29,7 +29,7 @@ import eqimplicit as eqi
 SIZES = (1, 3, 8, 40)
 BATCH = 9  # maps of a program, which is compiled once
 
-SOLVERS: dict[str, Callable] = {
+SOLVERS_OF_SCALE: dict[str, Callable] = {
     "the default": lambda tol, scale: None,
     "Picard": lambda tol, scale: eqi.Picard(tol, tol * scale),
     "damped Picard": lambda tol, scale: eqi.Picard(tol, tol * scale, damping=0.6),
@@ -45,7 +45,7 @@ ADJOINTS: dict[str, Callable] = {
     "Neumann": lambda: eqi.NeumannAdjoint(NUM_TERMS, DAMPING),
     "phantom": lambda: eqi.PhantomAdjoint(NUM_TERMS, DAMPING),
 }
-PAIRS = list(it.product(SOLVERS, ADJOINTS))
+PAIRS = list(it.product(SOLVERS_OF_SCALE, ADJOINTS))
 TOLERANCES = {np.float64: 1e-8, np.float32: 1e-4}
 
 
@@ -128,7 +128,7 @@ def program(solver, adjoint, dtype):
     def run(fn):
         layer = eqi.DEQ(
             fn,
-            SOLVERS[solver](TOLERANCES[dtype], fn.scale),
+            SOLVERS_OF_SCALE[solver](TOLERANCES[dtype], fn.scale),
             ADJOINTS[adjoint](),
             init=lambda x: split(jnp.zeros_like(x)),
         )

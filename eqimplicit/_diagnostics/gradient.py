@@ -7,7 +7,6 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from equinox.internal import ω
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._adjoint.base import AbstractFixedPointAdjoint
@@ -136,7 +135,9 @@ def gradient_report(
 
     def report(adjoint):
         grads, w = gradient(adjoint)
-        residual = (cotangent**ω - w**ω + pull_back(w)[0] ** ω).ω
+        residual = jtu.tree_map(
+            lambda g, w, p: g - w + p, cotangent, w, pull_back(w)[0]
+        )
         error = jtu.tree_map(jnp.subtract, grads, exact)
         inner = sum(
             jnp.vdot(a.astype(dtype), b.astype(dtype))
@@ -165,9 +166,9 @@ class _Shifted(eqx.Module):
     def __call__(self, z, x, *args, **kwargs):
         output = self.cell(z, x, *args, **kwargs)
         if not args:
-            return (output**ω + self.shift**ω).ω
+            return jtu.tree_map(jnp.add, output, self.shift)
         image, new_state = output
-        return (image**ω + self.shift**ω).ω, new_state
+        return jtu.tree_map(jnp.add, image, self.shift), new_state
 
 
 def _gradient(layer, loss, x, z, z0, key, state, adjoint):
@@ -187,5 +188,5 @@ def _gradient(layer, loss, x, z, z0, key, state, adjoint):
 def _num_products(adjoint, pull_back, cotangent):
     if not isinstance(adjoint, AbstractFixedPointAdjoint):
         return jnp.array(-1)
-    operator = lambda w: (w**ω - pull_back(w)[0] ** ω).ω
+    operator = lambda w: jtu.tree_map(jnp.subtract, w, pull_back(w)[0])
     return resolve(adjoint).count_products(operator, cotangent)

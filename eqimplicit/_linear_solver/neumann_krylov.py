@@ -5,7 +5,6 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from equinox.internal import ω
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._misc import (
@@ -76,9 +75,9 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
             return (state.residual > tolerance) & contracts
 
         def step(state: _State) -> _State:
-            solution = (state.solution**ω + state.residual_vector**ω).ω
+            solution = jtu.tree_map(jnp.add, state.solution, state.residual_vector)
             # Measured, not reduced by recurrence: rounding would go unnoticed.
-            residual_vector = (vector**ω - operator.mv(solution) ** ω).ω
+            residual_vector = jtu.tree_map(jnp.subtract, vector, operator.mv(solution))
             return _State(
                 solution=solution,
                 residual_vector=residual_vector,
@@ -86,7 +85,7 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
                 num_products=state.num_products + 1,
             )
 
-        zero = (0 * vector**ω).ω
+        zero = jtu.tree_map(jnp.zeros_like, vector)
         state = lax.while_loop(go_on, step, _State(zero, vector, size, jnp.array(0)))
         converged = jnp.isfinite(size) & (state.residual <= tolerance)
 

@@ -5,7 +5,6 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from equinox.internal import ω
 from jaxtyping import Array, Float, PyTree
 
 from .._misc import check_positive, check_positive_int
@@ -42,8 +41,8 @@ class NeumannSeries(AbstractMatrixFreeSolver):
 
         def add_term(_, carry):
             term, total = carry
-            term = (term**ω - damped(operator.mv(term)) ** ω).ω
-            return term, (total**ω + term**ω).ω
+            term = jtu.tree_map(jnp.subtract, term, damped(operator.mv(term)))
+            return term, jtu.tree_map(jnp.add, total, term)
 
         first = damped(vector)
         _, total = lax.fori_loop(0, self.num_terms - 1, add_term, (first, first))
