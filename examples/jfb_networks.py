@@ -54,8 +54,9 @@ def make_model(method: Method, setting: Setting, shape, seed: int) -> tuple[Any,
 
 def largest_of_batch(tree: Any) -> jax.Array:
     """The largest two-norm of an image, with which the paper stops."""
+    single = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = sum(
-        jnp.sum(jnp.square(x.astype(jnp.float32)), axis=range(1, x.ndim))
+        jnp.sum(jnp.square(single(x)), axis=range(1, x.ndim))
         for x in jax.tree.leaves(tree)
     )
     return jnp.sqrt(jnp.max(squares))

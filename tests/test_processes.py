@@ -31,7 +31,10 @@ def message(coordinator, num_processes=2, process_id=1):
     return str(error.value)
 
 
-@pytest.mark.parametrize("coordinator", ["localhost", "a:", ":80", "a:b", "a:0"])
+@pytest.mark.parametrize(
+    "coordinator",
+    ["localhost", "a:", ":80", "a:b", "a..b:80", f"{'a' * 70}.com:80", "a:123456"],
+)
 def test_a_coordinator_that_cannot_be_parsed_is_refused(coordinator):
     assert "must be HOST:PORT" in message(coordinator)
 
@@ -51,6 +54,25 @@ def test_a_coordinator_that_cannot_be_reached_is_named(monkeypatch):
     assert "cannot listen at" in message("192.0.2.1:1234", process_id=0)
     assert time.perf_counter() - start < 20
     assert processes._PATIENCE < 60
+
+
+@pytest.mark.parametrize("banner", [b"", b"SSH-2.0-OpenSSH\r\n"])
+def test_another_service_at_the_port_is_not_waited_for(monkeypatch, banner):
+    monkeypatch.setattr(processes, "_PATIENCE", 0.5)
+    monkeypatch.setattr(processes, "_NEWS", 0.5)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+
+        def serve():
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(banner)
+                time.sleep(3)
+
+        service = threading.Thread(target=serve)
+        service.start()
+        assert "something else" in message(f"localhost:{port}")
+        service.join()
 
 
 def gather(port, num_processes, results):
@@ -93,7 +115,7 @@ def test_process_0_waits_for_each_and_refuses_two_of_a_number(monkeypatch):
             assert expected in results[0]
 
 
-def start(folder, num_processes=2, **options):
+def start(folder, num_processes=2, of_the_second=(), **options):
     """Two supervisors, whose children train until they are ended."""
     address = f"localhost:{free_port()}"
     settings = {"epochs": 1000, "train_size": 200, "batch_size": 20, **options}
@@ -108,6 +130,7 @@ def start(folder, num_processes=2, **options):
                 *command,
                 *("--coordinator", address, "--num-processes", str(num_processes)),
                 *("--process-id", str(i)),
+                *(of_the_second if i == 1 else ()),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -198,6 +221,16 @@ def test_a_mistake_of_one_ends_both_and_an_interrupted_run_is_resumed(tmp_path):
     for process in together:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.process
+def test_processes_with_other_options_are_refused(tmp_path):
+    folder = tmp_path / "run"
+    together = start(folder, of_the_second=("--seed", "5"))
+    said = [last_line(process, 120) for process in together]
+    assert any("do not agree on their options" in line for line in said)
+    assert [process.returncode for process in together] == [2, 2]
+    assert not (folder / "checkpoint.eqx").exists()
 
 
 @pytest.mark.process

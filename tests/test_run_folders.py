@@ -146,10 +146,12 @@ def test_any_flipped_bit_is_noticed(folder):
     path = folder / "checkpoint.eqx"
     good = path.read_bytes()
     rng = np.random.default_rng(0)
-    places = {0, 64, 65, len(good) - 1, *rng.integers(0, len(good), 100)}
-    for place in places:
+    places = [*rng.integers(0, len(good), 100), len(good) - 1]
+    flips = [(place, rng.integers(8)) for place in places]
+    flips += [(place, bit) for place in (0, 63, 64, 65) for bit in range(8)]
+    for place, bit in flips:
         bad = bytearray(good)
-        bad[place] ^= 1 << rng.integers(8)
+        bad[place] ^= 1 << bit
         path.write_bytes(bad)
         assert "truncated or corrupt" in refused(folder)
     for bad in (good[:-1], good + b"\0", good[:30], b"", good[66:]):
@@ -183,11 +185,14 @@ def test_arrays_of_another_run_and_swapped_or_transposed_ones_are_refused(
 @pytest.mark.parametrize(
     "header",
     [None, 1, [], {}, "a", {"config": [], "metrics": [], "arrays": []}]
-    + [{"config": CONFIG, "metrics": None, "arrays": None, "digest": 1}],
+    + [{"metrics": x} for x in (None, 3, "ab", [1], [{}], {"epoch": 1})]
+    + [{"config": []}, {"arrays": None}, {"arrays": [1]}, {"digest": 1}],
 )
 def test_headers_of_the_wrong_kind_are_refused_in_one_line(folder, header):
     path = folder / "checkpoint.eqx"
-    arrays = path.read_bytes().split(b"\n", 2)[2]
+    _, good, arrays = path.read_bytes().split(b"\n", 2)
+    if isinstance(header, dict) and len(header) == 1:
+        header = json.loads(good) | header
     line = json.dumps(header).encode() + b"\n"
     digest = run_folder._digest(line).encode() + b"\n"
     path.write_bytes(digest + line + arrays)
@@ -345,10 +350,28 @@ def train(name, folder, *options, devices=1):
 
 
 @pytest.mark.process
-def test_double_precision_reaches_the_end(tmp_path):
-    options = "--epochs", "2", "--precision", "float64"
-    line = train("image_classification", tmp_path, *options)
+@pytest.mark.parametrize("name", ["image_classification", "jfb_paper"])
+def test_double_precision_reaches_the_end(tmp_path, name):
+    options = ["--epochs", "2", "--precision", "float64"]
+    options += ["--small", "--methods", "jfb"] if name == "jfb_paper" else []
+    line = train(name, tmp_path, *options)
     assert 0.5 < line["gradient_cosine"] <= 1
+
+
+@pytest.mark.process
+def test_an_interrupted_run_ends_at_once_with_one_line(tmp_path):
+    script = [sys.executable, _examples / "image_classification.py"]
+    command = [*script, "--epochs", "1000", "--train-size", "100", "--out", tmp_path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    last = error.replace("\r", "\n").splitlines()[-1]
+    assert last.endswith("Interrupted. The same command resumes the run.")
+    assert "Traceback" not in error
 
 
 @pytest.mark.process

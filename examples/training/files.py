@@ -30,10 +30,11 @@ def write(path: pathlib.Path, content: bytes) -> None:
         try:
             _write_new(part, content)
             os.replace(part, path)
-            _flush_folder(path.parent)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+        with contextlib.suppress(OSError):  # Not every file system can.
+            _flush_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}), and is left as it was. Make "
@@ -81,7 +82,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
 
     In this process a folder may be claimed again while it is claimed.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     lock = filelock.FileLock(folder / LOCK, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,8 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:  # Who waits for the lock notices.
-            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
         lock.release()
         _remove_empty(new)
 

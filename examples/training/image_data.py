@@ -232,7 +232,7 @@ def find_files(name: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
     for file, published in source.files.items():
         for folder in source.folders:
             path = data_dir / folder / file
-            if path.exists():
+            if os.path.exists(path):
                 _check(path, name, published)
                 found[file] = path
                 break

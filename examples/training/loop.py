@@ -154,6 +154,7 @@ def train(
 
 def _train(task, data, options, folder, title, experiment):
     record = options_module.record(options, experiment)
+    devices.check_agreement(str(record), "their options")
     model, state = task.model, task.state
     if options.precision == "float64":
         model, state = cast((model, state), "float64")
@@ -162,7 +163,8 @@ def _train(task, data, options, folder, title, experiment):
     resumed = run_folder.resume(folder, record, arrays)
     if resumed is not None:
         metrics, arrays = resumed
-    devices.check_agreement(len(metrics), f"how many epochs {folder} has finished")
+    what = f"the epochs that {folder} has finished: they must share the folder"
+    devices.check_agreement(str(metrics), what)
     if resumed is None:
         _save(folder, record, metrics, arrays)
     else:

@@ -62,7 +62,8 @@ def join(coordinator: str | None, num_processes: int, process_id: int) -> None:
             f"--process-id must be from 0 to {num_processes - 1}, not {process_id}"
         )
     host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+    host = host.removeprefix("[").removesuffix("]")
+    if not (_is_host(host) and len(port) < 6 and port.isdecimal()):
         raise UserError(f"--coordinator must be HOST:PORT, not {coordinator}")
     if _CHILD in os.environ:
         service_port, alive, log = map(int, os.environ[_CHILD].split())
@@ -74,6 +75,13 @@ def join(coordinator: str | None, num_processes: int, process_id: int) -> None:
         sys.exit(_supervise(peers, service_port, process_id))
 
 
+def _is_host(name):
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
+
+
 # Supervisors.
 
 
@@ -83,23 +91,24 @@ def _gather(host, port, num_processes, process_id):
     peers = {}
     try:
         server = socket.create_server((host, port), family=_family(host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"process 0 cannot listen at --coordinator {host}:{port} ({error.strerror})"
+            f"process 0 cannot listen at --coordinator {host}:{port} ({error})"
         ) from error
     with server:
         while len(peers) < num_processes - 1:
-            server.settimeout(max(0.0, end - time.monotonic()))
+            remaining = max(0.1, end - time.monotonic())
+            server.settimeout(remaining)
             try:
                 peer, _ = server.accept()
-            except (BlockingIOError, TimeoutError) as error:
+                peer.settimeout(min(remaining, _NEWS))
+            except TimeoutError as error:
                 missing = sorted({*range(1, num_processes)} - {*peers})
                 raise UserError(
                     f"process {', '.join(map(str, missing))} did not come to "
                     f"{host}:{port} within {_PATIENCE:.0f} seconds"
                 ) from error
             try:
-                peer.settimeout(_NEWS)
                 number = int(peer.makefile().readline(10))
             except (OSError, ValueError):
                 continue  # Something else that looked for an open port.
@@ -112,7 +121,8 @@ def _gather(host, port, num_processes, process_id):
     with socket.create_server((host, 0), family=_family(host, 0)) as free:
         service_port = free.getsockname()[1]
     for peer in peers.values():
-        peer.sendall(f"{service_port}\n".encode())
+        with contextlib.suppress(OSError):  # Its end will be noticed.
+            peer.sendall(f"{service_port}\n".encode())
     return peers, service_port
 
 
@@ -121,23 +131,27 @@ def _reach(host, port, num_processes, process_id):
     end = time.monotonic() + _PATIENCE
     while True:
         try:
-            peer = _keep(socket.create_connection((host, port), timeout=_PATIENCE))
+            peer = socket.create_connection((host, port), timeout=_NEWS)
             break
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             if time.monotonic() > end or isinstance(error, socket.gaierror):
                 raise UserError(
                     f"process 0 cannot be reached at --coordinator {host}:{port} "
-                    f"({error.strerror or error})"
+                    f"({error})"
                 ) from error
             time.sleep(0.2)
+    peer.settimeout(_PATIENCE + _NEWS)
     line = b""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         peer.sendall(f"{process_id}\n".encode())
-        while byte := peer.recv(1):
+        while len(line) < 10 and (byte := peer.recv(1)):
             line += byte
             if byte == b"\n":
-                return {0: peer}, int(line)
-    raise UserError("process 0 ended before all had come, and says why")
+                return {0: _keep(peer)}, int(line)
+    raise UserError(
+        f"process 0 ended before all had come, and says why; or what listens at {host}:"
+        f"{port} is something else"
+    )
 
 
 def _family(host, port):

@@ -52,6 +52,8 @@ def resume(
     with _refuse_corrupt(path), files.open_plain(path) as file:
         header = _read_header(file)
         metrics = header["metrics"]
+        if [line["epoch"] for line in metrics] != [*range(1, len(metrics) + 1)]:
+            raise ValueError("its metrics are wrong")
         _check_config(folder, header["config"], config)
         _check_arrays(path, header["arrays"], like)
         wanted = _serialise(like)
@@ -86,9 +88,9 @@ def save(
 
 
 def _read_header(file):
-    digest = file.readline(len(_digest(b"")) + 1).decode().strip()
+    digest = file.readline(len(_digest(b"")) + 1)
     line = file.readline(_LONGEST_HEADER)
-    if _digest(line) != digest:
+    if digest != _digest(line).encode() + b"\n":
         raise ValueError("the digest of its header is wrong")
     return json.loads(line)
 
