@@ -32,6 +32,7 @@ def run(example, folder, *options):
     return results["results"]
 
 
+@pytest.mark.slow
 def test_lotka_volterra_bends_as_the_law_says(tmp_path):
     options = ("--layers", "0", "--adam-steps", 1000, "--lbfgs-steps", 0)
     (one,) = run(lotka_volterra, tmp_path, *options).values()
@@ -42,6 +43,7 @@ def test_lotka_volterra_bends_as_the_law_says(tmp_path):
     assert one["amplitude"][0] < 0.05
 
 
+@pytest.mark.slow
 def test_implicit_layers_do_not_oscillate_on_a_stiff_equation(tmp_path):
     options = ("--thetas", 0.5, "--points", 10, "--epochs", 6)
     (implicit,) = run(stiff_ode, tmp_path, *options).values()
@@ -71,6 +73,7 @@ def test_the_data_of_the_stiff_equation_are_its_closed_form():
     assert jnp.allclose(states[..., 0], expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_reward_for_dissipation_costs_the_fit_of_the_sine(tmp_path):
     options = ("--thetas", 0.5, "--divergence-weights", 0, 3, "--steps", 400)
     free, rewarded = run(sine_regression, tmp_path, *options).values()
@@ -80,6 +83,7 @@ def test_a_reward_for_dissipation_costs_the_fit_of_the_sine(tmp_path):
     assert free["newton_steps"][0] < rewarded["newton_steps"][0]
 
 
+@pytest.mark.slow
 def test_spirals_are_separated(tmp_path):
     options = ("--fields", "mixed", "--thetas", 0, "--steps", 600)
     options += ("--seeds", 1)
@@ -90,6 +94,7 @@ def test_spirals_are_separated(tmp_path):
     assert shifted[-1] < validation
 
 
+@pytest.mark.slow
 def test_diffusion_is_found_by_implicit_layers(tmp_path):
     options = ("--thetas", 0.5, "--size", 100, "--trajectories", 2, "--steps", 100)
     (implicit,) = run(allen_cahn, tmp_path, *options, "--num-steps", 5).values()

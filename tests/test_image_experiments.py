@@ -78,6 +78,7 @@ def test_conjugate_gradients_on_the_normal_equations():
     assert solve(1e-6, 1)[1] == lx.RESULTS.max_steps_reached
 
 
+@pytest.mark.slow
 def test_the_jfb_experiment(tmp_path, capsys):
     options = ("--dataset", "digits", "--small", "--epochs", 1, "--train-size", 100)
     options += ("--batch-size", 20, "--methods", "neumann-5", "cg", "explicit")
@@ -95,6 +96,7 @@ def test_the_jfb_experiment(tmp_path, capsys):
     assert "holds a run with" in fails(capsys, robust_resnet, *robust)
 
 
+@pytest.mark.slow
 def test_the_noise_experiment(tmp_path, capsys):
     options = ("--dataset", "digits", "--small", "--epochs", 2, "--train-size", 250)
     content = run(robust_resnet, tmp_path, *options, "--networks", "1")
@@ -111,6 +113,7 @@ def test_the_noise_experiment(tmp_path, capsys):
     assert "is no theta" in fails(capsys, robust_resnet, *options, "--networks", "x")
 
 
+@pytest.mark.slow
 def test_phantom_gradients_on_random_maps():
     one = phantom_synthetic.compare("linear, orthogonal", 16, 5)
     steps = phantom_synthetic.STEPS

@@ -57,6 +57,7 @@ def test_parameters_of_the_jfb_networks(make, encoder, cell, head):
     assert count(explicit) == encoder + cell + head
 
 
+@pytest.mark.slow
 def test_parameters_of_the_other_networks():
     assert count(shapes_of(models.mdeq)) == 159_274
     resnet = models.ImplicitResNet((8, 8, 1), key=jr.key(0))
@@ -145,6 +146,7 @@ def test_a_multiscale_network(branches, size):
         assert jnp.allclose(a[0], b)
 
 
+@pytest.mark.slow
 def test_the_exact_gradient_of_a_multiscale_network(getkey):
     net = _mdeq((4, 4, 3), layer=_exact, key=getkey())
     x = jr.normal(getkey(), (4, 4, 3))
@@ -187,6 +189,7 @@ def test_an_implicit_resnet(theta, getkey):
     assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient != 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_implicit_resnet(getkey):
     layer = ft.partial(
         eqi.ThetaLayer,

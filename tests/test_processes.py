@@ -82,8 +82,6 @@ def gather(port, num_processes, results):
         results[0] = str(error)
 
 
-# The connections of processes that end here.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_process_0_waits_for_each_and_refuses_two_of_a_number(monkeypatch):
     monkeypatch.setattr(processes, "_PATIENCE", 20.0)
     for numbers, expected in (((2, 1), None), ((1, 1), "two processes have")):

@@ -89,6 +89,7 @@ def saved_metrics(folder):
         return json.loads(file.readline())["metrics"]
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_step_is_compiled_once_for_each_function_of_the_schedule(
     data, tmp_path
 ):

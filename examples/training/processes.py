@@ -95,12 +95,12 @@ def _gather(host, port, num_processes, process_id):
         raise UserError(
             f"process 0 cannot listen at --coordinator {host}:{port} ({error})"
         ) from error
-    with server:
+    with server, contextlib.ExitStack() as opened:
         while len(peers) < num_processes - 1:
             remaining = max(0.1, end - time.monotonic())
             server.settimeout(remaining)
             try:
-                peer, _ = server.accept()
+                peer = opened.enter_context(server.accept()[0])
                 peer.settimeout(min(remaining, _NEWS))
             except TimeoutError as error:
                 missing = sorted({*range(1, num_processes)} - {*peers})
@@ -109,7 +109,8 @@ def _gather(host, port, num_processes, process_id):
                     f"{host}:{port} within {_PATIENCE:.0f} seconds"
                 ) from error
             try:
-                number = int(peer.makefile().readline(10))
+                with peer.makefile() as lines:
+                    number = int(lines.readline(10))
             except (OSError, ValueError):
                 continue  # Something else that looked for an open port.
             if number in peers or not 0 < number < num_processes:
@@ -118,6 +119,7 @@ def _gather(host, port, num_processes, process_id):
                     f"--num-processes {num_processes} of process 0"
                 )
             peers[number] = _keep(peer)
+        opened.pop_all()  # And with them those that were no processes, till the end.
     with socket.create_server((host, 0), family=_family(host, 0)) as free:
         service_port = free.getsockname()[1]
     for peer in peers.values():
@@ -148,6 +150,7 @@ def _reach(host, port, num_processes, process_id):
             line += byte
             if byte == b"\n":
                 return {0: _keep(peer)}, int(line)
+    peer.close()
     raise UserError(
         f"process 0 ended before all had come, and says why; or what listens at {host}:"
         f"{port} is something else"
