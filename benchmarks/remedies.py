@@ -321,7 +321,12 @@ def draw(results, figure):
         for i, key in enumerate(("found at last, %", "accuracy, %")):
             values = [mean(row[key]) for row in rows if key in row]
             axes.barh(np.arange(len(names)) + 0.4 * i, values, 0.4, label=key)
-        axes.set(title=title, yticks=np.arange(len(names)) + 0.2, yticklabels=names)
+        axes.set(
+            title=title,
+            xlim=(0, 140),
+            yticks=np.arange(len(names)) + 0.2,
+            yticklabels=names,
+        )
         axes.invert_yaxis()
         axes.legend(fontsize=7, frameon=False)
 

@@ -8,7 +8,6 @@ mean of the seeds and their range.
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import tyro
 from training import command_line, files, results
@@ -26,14 +25,28 @@ class Config:
     """A file for the table, which is printed else."""
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path) -> list[list[str]]:
+    """The cells of each row."""
     try:
-        content = json.loads(path.read_text())
+        with files.open_plain(path) as file:
+            content = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict) or "rows" not in content:
-        raise UserError(f"{path} is not the results file of an example")
-    return content
+    try:
+        titles = [content["experiment"], *[""] * len(content["rows"])]
+        return [
+            [
+                title,
+                row["quantity"],
+                row["paper"],
+                row["code"],
+                results.spread(row["ours"]),
+                str(len(row["ours"])),
+            ]
+            for title, row in zip(titles, content["rows"])
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the results file of an example") from error
 
 
 def collect(folders: tuple[pathlib.Path, ...]) -> str:
@@ -44,20 +57,8 @@ def collect(folders: tuple[pathlib.Path, ...]) -> str:
         raise UserError(
             f"there is no results.json below {', '.join(map(str, folders))}"
         )
-    for path in paths:
-        content = read(path)
-        title = content["experiment"]
-        for row in content["rows"]:
-            cells = [
-                title,
-                row["quantity"],
-                row["paper"],
-                row["code"],
-                results.spread(row["ours"]),
-                str(len(row["ours"])),
-            ]
-            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-            title = ""
+    for cells in (cells for path in paths for cells in read(path)):
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -253,6 +253,10 @@ def test_the_table_of_results(tmp_path, capsys):
     (tmp_path / "c" / "results.json").write_text("{}")
     with pytest.raises(command_line.UserError, match="not the results file"):
         collect_results.main([str(tmp_path)])
+    rows = [{"quantity": "q", "ours": [1.0]}]
+    results.save(tmp_path / "c", {"experiment": "c", "rows": rows})
+    with pytest.raises(command_line.UserError, match="not the results file"):
+        collect_results.main([str(tmp_path)])
     with pytest.raises(command_line.UserError, match="no results.json"):
         collect_results.main([str(tmp_path / "nowhere")])
 
