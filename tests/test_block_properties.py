@@ -97,10 +97,10 @@ def points(size, num_examples=6):
 # The default solver is another one above 64 unknowns.
 CASES = [(name, 5) for name in SCHEMES] + [
     ("theta 0.5, midpoint", 1),
-    ("theta 0.5, trapezoid", 64),
-    ("Gauss 2", 64),
+    pytest.param("theta 0.5, trapezoid", 64, marks=pytest.mark.slow),
+    pytest.param("Gauss 2", 64, marks=pytest.mark.slow),
     ("theta 0.5, midpoint", 100),
-    ("Gauss 2", 100),
+    pytest.param("Gauss 2", 100, marks=pytest.mark.slow),
 ]
 
 

@@ -381,6 +381,7 @@ def test_parameters_are_loaded_into_a_layer_with_a_tighter_solver(tmp_path, getk
 # States of every kind
 
 
+@pytest.mark.slow
 def test_an_empty_batch_is_a_batch(getkey):
     matrix = matrix_of_norm(getkey(), 3, 0.5)
     field = lambda t, y, args: matrix @ y

@@ -62,6 +62,7 @@ def test_entries_of_classes_list_their_members():
         if _snippet.search(page.read_text(encoding="utf-8"))
     ],
 )
+@pytest.mark.slow
 def test_snippets_print_what_the_page_says(page, capsys):
     namespace = {"__name__": "snippet"}
     for code, printed in _snippet.findall((_docs / page).read_text(encoding="utf-8")):

@@ -82,6 +82,7 @@ def assert_gradient(loss, tree, key):
         ft.partial(models.jfb_cifar10, (6, 6, 3), channels=4, num_blocks=1),
     ],
 )
+@pytest.mark.slow
 def test_the_jfb_networks_and_their_exact_gradient(make, getkey):
     norm = lambda channels, affine: models.GroupNorm(channels, affine, 2)
     # Without drop-out: a group of dropped channels has no variance.
@@ -121,6 +122,7 @@ _mdeq = ft.partial(
 
 
 @pytest.mark.parametrize("branches, size", [(2, 4), (3, 8)])
+@pytest.mark.slow
 def test_a_multiscale_network(branches, size):
     # A chance of the weights: no norm bounds this cell.
     layer = ft.partial(
@@ -161,6 +163,7 @@ def test_images_that_cannot_be_halved_are_refused(getkey):
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_an_implicit_resnet(theta, getkey):
     layer = ft.partial(
         eqi.ThetaLayer,

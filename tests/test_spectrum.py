@@ -222,6 +222,7 @@ def _changed(layers):
 
 
 @pytest.mark.parametrize("is_array", (False, True))
+@pytest.mark.slow
 def test_stacked_norms_are_advanced_and_resolved_each(is_array, getkey):
     keys = jr.split(getkey(), 3)
     bounds = jnp.array([0.5, 0.7, 0.9])
@@ -332,6 +333,7 @@ def test_other_parametrisations_are_normalised_as_what_they_stand_for(getkey):
     assert jnp.max(jnp.abs(gradient.weight.weight.length)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_second_bound_replaces_the_first(getkey):
     conv = Conv2d(1, 2, 3, padding=1, key=getkey())
     conv = eqx.tree_at(lambda c: c.weight, conv, 9 * conv.weight)

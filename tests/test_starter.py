@@ -115,6 +115,7 @@ def loss_fn(net, images, labels):
 
 @pytest.mark.usefixtures("default_configuration")
 @pytest.mark.parametrize("adjoint", [eqi.ImplicitAdjoint(), eqi.JFBAdjoint()])
+@pytest.mark.slow
 def test_the_digits_are_learned_with_all_defaults(adjoint):
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images / 16), jnp.asarray(labels)

@@ -152,6 +152,7 @@ def _diffusion(n, key):
 
 
 @pytest.mark.usefixtures("all_optimisations")
+@pytest.mark.slow
 def test_large_stiff_states_are_solved_without_a_matrix(getkey):
     n = 100
     field, dense = _diffusion(n, getkey())
