@@ -267,6 +267,11 @@ def parameters(folder):
         return file.read()
 
 
+def num_finished(folder):
+    """The epochs of a checkpoint, -1 if there is none."""
+    return len(saved_metrics(folder)) if (folder / "checkpoint.eqx").exists() else -1
+
+
 SHORT = ("--epochs", "4", "--train-size", "300", "--batch-size", "20")
 
 
@@ -274,21 +279,18 @@ SHORT = ("--epochs", "4", "--train-size", "300", "--batch-size", "20")
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, _script, *SHORT, "--out"]
-    start = time.perf_counter()
     subprocess.run([*command, whole], check=True)
-    length = time.perf_counter() - start
-    kills = 0
     rng = np.random.default_rng(0)
-    # Until the first checkpoint, and then at random moments.
-    for least in (0.3, 0.6, 0.6, 0.7, 0.8):
+    # Before and while the first epoch is trained, and soon after each checkpoint.
+    for num_epochs, at_most in ((None, 3.0), (0, 5.0), (0, 5.0), (1, 0.2), (2, 0.2)):
         process = subprocess.Popen([*command, killed])
-        try:
-            process.wait(timeout=length * rng.uniform(least, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 2
+        end = time.monotonic() + 200
+        while num_epochs is not None and num_finished(killed) < num_epochs:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, at_most))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     subprocess.run([*command, killed], check=True)
     assert parameters(killed) == parameters(whole)
     assert not list(killed.glob("*.part"))
