@@ -298,6 +298,7 @@ def test_gradient_report_begins_with_the_layers_own_adjoint(name):
         assert reports[1].num_products == -1
 
 
+@pytest.mark.slow
 def test_the_reference_is_that_of_the_solution_not_of_the_steps_after_it():
     # A loose solve, which the steps of these adjoints would change.
     cell, x = problem()

@@ -210,6 +210,7 @@ def arrays_of(folder):
         return [line["test_accuracy"] for line in header["metrics"]], file.read()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(
     capsys, tmp_path, monkeypatch
 ):
@@ -260,6 +261,7 @@ def test_a_folder_with_other_files_is_refused(capsys, tmp_path):
     assert "cannot be used" in fails(capsys, "--out", tmp_path / "thesis.tex" / "run")
 
 
+@pytest.mark.slow
 def test_statistics_of_the_batch_norm_are_trained_and_saved(mnist, tmp_path):
     folder, _ = mnist
     out = tmp_path / "run"
