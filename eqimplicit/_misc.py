@@ -168,13 +168,13 @@ def check_positive_int(name: str, value: Any) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     _check_finite_number(name, value)
-    if _is_concrete(value) and not np.all(np.asarray(value) > 0):
+    if is_concrete(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{name}` must be positive. Got {value!r}.")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     _check_finite_number(name, value)
-    if _is_concrete(value) and not np.all(np.asarray(value) >= 0):
+    if is_concrete(value) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"`{name}` must not be negative or NaN. Got {value!r}.")
 
 
@@ -185,7 +185,7 @@ def check_tolerances(rtol: Any, atol: Any) -> None:
     scales = jtu.tree_leaves(atol)
     for scale in scales:
         check_not_negative("atol", scale)
-    has_zero = lambda x: _is_concrete(x) and np.any(np.asarray(x) == 0)
+    has_zero = lambda x: is_concrete(x) and np.any(np.asarray(x) == 0)
     if has_zero(rtol) and any(has_zero(scale) for scale in scales):
         raise ValueError(
             "`rtol` and `atol` must not both be zero: no solve could finish. Set at "
@@ -193,12 +193,12 @@ def check_tolerances(rtol: Any, atol: Any) -> None:
         )
 
 
-def _is_concrete(value: Any) -> bool:
+def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
 def _check_finite_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
         raise TypeError(f"`{name}` must be a number or an array. Got {value!r}.")
-    if _is_concrete(value) and np.any(np.isposinf(np.asarray(value))):
+    if is_concrete(value) and np.any(np.isposinf(np.asarray(value))):
         raise ValueError(f"`{name}` must be finite. Got {value!r}.")

@@ -181,6 +181,35 @@ def test_kinetic_penalty_is_the_integral(getkey):
     assert jnp.allclose(actual, np.trapezoid(values, dx=0.1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("stacked", (False, True))
+def test_penalties_on_the_times_of_the_data(stacked, getkey):
+    block, y0, key = _block(getkey(), stacked), jnp.array([0.3, -0.5]), getkey()
+    weights = dict(divergence_weight=0.3, jacobian_weight=0.7, power=2)
+
+    def penalties(ts):
+        t0 = 0.5 if ts is None else 0.0
+        states = block.trajectory(y0, t0, ts=ts)
+        trajectory = eqi.trajectory_penalty(
+            block, states, t0, ts=ts, key=key, **weights
+        )
+        return trajectory, eqi.kinetic_penalty(block, states, t0, ts=ts, key=key)
+
+    of_equal_steps, of_times = penalties(None), penalties(block.times(0.5))
+    assert jnp.allclose(jnp.stack(of_times), jnp.stack(of_equal_steps), rtol=1e-12)
+
+    ts = jnp.array([0.5, 0.6, 0.9, 0.9, 1.7])
+    fields = [
+        block.vector_field(t, y, ts=ts) for t, y in zip(ts, states_at(block, y0, ts))
+    ]
+    speeds = [jnp.sum(value**2) for value in fields]
+    _, kinetic = penalties(ts)
+    assert jnp.allclose(kinetic, jnp.trapezoid(jnp.stack(speeds), ts), rtol=1e-12)
+
+
+def states_at(block, y0, ts):
+    return eqx.filter_jit(block.trajectory)(y0, ts=ts)
+
+
 @pytest.mark.parametrize("order", (1, 2, 3))
 def test_total_derivatives_of_a_known_solution(order):
     # The solution from y(0) = 1 is exp(sin t).
@@ -197,7 +226,7 @@ def test_total_derivatives_of_a_known_solution(order):
 def test_a_trajectory_of_another_length_is_named(getkey):
     block = _block(getkey(), False)
     for penalty in (eqi.trajectory_penalty, eqi.kinetic_penalty):
-        with pytest.raises(ValueError, match=r"num_steps \+ 1 = 5.*\[4\]"):
+        with pytest.raises(ValueError, match=r"must have 5 states.*\[4\]"):
             penalty(block, jnp.ones((4, 2)), key=getkey())
     with pytest.raises(ValueError, match="num_samples"):
         eqi.divergence(jnp.sin, jnp.ones(2), key=getkey(), num_samples=0)

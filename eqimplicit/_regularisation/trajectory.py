@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._misc import as_state, check_positive_int, ravel
 from .._parametrisation.bounded import BoundedSpectrum
@@ -63,6 +63,7 @@ def trajectory_penalty(
     t0: Any = 0.0,
     args: PyTree[Any] = None,
     *,
+    ts: ArrayLike | None = None,
     key: PRNGKeyArray,
     divergence_weight: float | int | Float[Array, ""] = 0,
     jacobian_weight: float | int | Float[Array, ""] = 0,
@@ -86,7 +87,9 @@ def trajectory_penalty(
     divergence and the norm are estimated from the same products.
 
     At `y_t` the field is that of the step that starts there; at the last one, of the
-    last step. (The paper's equation (23) divides the third part by $T$ once only.)
+    last step. (The paper's equation (23) divides the third part by $T$ once only.) With
+    `ts`, $t / T$ is the share of the time that has passed, and the mean of the first
+    two parts is that over time, by the trapezoidal rule.
 
     Costs a linearisation of $F$ and `num_samples` products for each state, as a batch.
 
@@ -94,7 +97,7 @@ def trajectory_penalty(
 
     - `block`: the block.
     - `trajectory`: what its `trajectory` returned, for one example.
-    - `t0`, `args`: what that was called with.
+    - `t0`, `args`, `ts`: what that was called with.
     - `key`: for the probes.
     - `divergence_weight`, `jacobian_weight`, `variation_weight`: $\alpha_{div}$,
         $\alpha_{jac}$ and $\alpha_{TV}$. What has the Python number zero for its weight
@@ -108,13 +111,15 @@ def trajectory_penalty(
 
     A scalar.
 
-    **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states.
+    **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states, or
+    those of `ts`.
     """
-    states = _states(block, trajectory, detach)
-    steps, size = block.num_steps, ravel(jtu.tree_map(lambda x: x[0], states))[0].size
+    times = block.times(t0, ts=ts)
+    states = _states(times, trajectory, detach)
+    steps, size = len(times) - 1, ravel(jtu.tree_map(lambda x: x[0], states))[0].size
 
     def at(t, y, key):
-        field = lambda y: block.vector_field(t, y, args, t0)
+        field = lambda y: block.vector_field(t, y, args, t0, ts=ts)
         return divergence_and_frobenius(
             field, y, key=key, num_samples=num_samples, probe=probe
         )
@@ -122,14 +127,18 @@ def trajectory_penalty(
     total = jnp.zeros(())
     if not (_is_zero(divergence_weight) and _is_zero(jacobian_weight)):
         keys = jr.split(key, steps + 1)
-        traces, squares = jax.vmap(at)(block.times(t0), states, keys)
+        traces, squares = jax.vmap(at)(times, states, keys)
         dtype = traces.dtype
-        growth = jnp.linspace(0, 1, steps + 1, dtype=dtype) ** power
+        if ts is None:
+            passed = jnp.linspace(0, 1, steps + 1, dtype=dtype)
+        else:
+            passed = ((times - times[0]) / (times[-1] - times[0])).astype(dtype)
+        growth = passed**power
         values = (
             jnp.asarray(divergence_weight, dtype) / size * growth * traces
             + jnp.asarray(jacobian_weight, dtype) / size**2 * squares
         )
-        total = _trapezoid(values) / steps
+        total = jnp.trapezoid(values, passed)
     if block.stacked and not _is_zero(variation_weight):
         variation = total_variation(block.layer.vector_field)
         total = total + variation_weight / steps**2 * variation
@@ -142,6 +151,7 @@ def kinetic_penalty(
     t0: Any = 0.0,
     args: PyTree[Any] = None,
     *,
+    ts: ArrayLike | None = None,
     key: PRNGKeyArray,
     kinetic_weight: float | int | Float[Array, ""] = 1,
     jacobian_weight: float | int | Float[Array, ""] = 0,
@@ -168,7 +178,7 @@ def kinetic_penalty(
 
     A scalar.
 
-    **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states.
+    **Raises:** as [`eqimplicit.trajectory_penalty`][].
 
     ??? cite "References"
 
@@ -183,10 +193,11 @@ def kinetic_penalty(
         }
         ```
     """
-    states, times = _states(block, trajectory, detach), block.times(t0)
+    times = block.times(t0, ts=ts)
+    states = _states(times, trajectory, detach)
 
     def at(t, y, key):
-        field = lambda y: block.vector_field(t, y, args, t0)
+        field = lambda y: block.vector_field(t, y, args, t0, ts=ts)
         value = ravel(field(y))[0]
         dtype = value.dtype
         kinetic = jnp.asarray(kinetic_weight, dtype) * jnp.vdot(value, value)
@@ -247,20 +258,16 @@ def total_derivative(
     return derivative
 
 
-def _states(block, trajectory, detach):
+def _states(times, trajectory, detach):
     lengths = {len(leaf) for leaf in jtu.tree_leaves(trajectory)}
-    if lengths != {block.num_steps + 1}:
+    if lengths != {len(times)}:
         raise ValueError(
-            f"`trajectory` must have num_steps + 1 = {block.num_steps + 1} states along"
-            f" its leading axis. Got {sorted(lengths)}. For a batch of trajectories, "
-            "use `jax.vmap`."
+            f"`trajectory` must have {len(times)} states along its leading axis, as "
+            f"many as there are times. Got {sorted(lengths)}. For a batch of "
+            "trajectories, use `jax.vmap`."
         )
     return lax.stop_gradient(trajectory) if detach else trajectory
 
 
 def _is_zero(weight: Any) -> bool:
     return isinstance(weight, int | float) and weight == 0
-
-
-def _trapezoid(values):
-    return jnp.sum(values) - (values[0] + values[-1]) / 2

@@ -1,7 +1,7 @@
 import abc
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.lax as lax
@@ -24,6 +24,9 @@ class AbstractResidualLayer(eqx.Module):
 
     vector_field: AbstractVar[Callable]
     step_size: AbstractVar[float | Float[Array, ""]]
+
+    # Whether a step needs one state, so that it may be of any length.
+    is_one_step: ClassVar[bool] = True
 
     @abc.abstractmethod
     def solve(

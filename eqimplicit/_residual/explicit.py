@@ -23,9 +23,6 @@ from .base import (
 class _AbstractReversibleLayer(AbstractResidualLayer):
     """A layer whose two-part state is stepped by formulas, forwards and backwards."""
 
-    # Whether the state is that of two times, and the field one of its parts.
-    is_two_step: eqx.AbstractClassVar[bool]
-
     def __check_init__(self):
         check_residual_layer(self.vector_field, self.step_size)
 
@@ -63,7 +60,7 @@ def _apply(layer: _AbstractReversibleLayer, y, t, args, is_forwards):
             f"{jtu.tree_structure(y)}."
         )
     y = as_state(y)
-    field, _ = prepare(layer, y[0] if layer.is_two_step else y, t, args)
+    field, _ = prepare(layer, y if layer.is_one_step else y[0], t, args)
     step = layer.forwards if is_forwards else layer.backwards
     options = SolveOptions(None, None, 1, False, name)
     return explicit_solution(step(field, y, t, args), options)
@@ -100,8 +97,6 @@ class VerletLayer(_AbstractReversibleLayer):
 
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
-
-    is_two_step: ClassVar[bool] = False
 
     def forwards(self, field, y, t, args):
         return self._step(field, y, t, args, self.step_size)
@@ -141,8 +136,6 @@ class RevNetLayer(_AbstractReversibleLayer):
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
 
-    is_two_step: ClassVar[bool] = False
-
     def forwards(self, field, y, t, args):
         y, z = y
         y = add(y, self.step_size, field(t, (y, z), args)[0])
@@ -179,7 +172,7 @@ class LeapfrogLayer(_AbstractReversibleLayer):
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
 
-    is_two_step: ClassVar[bool] = True
+    is_one_step: ClassVar[bool] = False
 
     def forwards(self, field, y, t, args):
         current, previous = y
@@ -222,7 +215,7 @@ class MidpointLayer(_AbstractReversibleLayer):
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
 
-    is_two_step: ClassVar[bool] = True
+    is_one_step: ClassVar[bool] = False
 
     def forwards(self, field, y, t, args):
         current, previous = y

@@ -2,16 +2,23 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._custom_types import Y
-from .._misc import as_state, at_least_single, check_positive_int, ravel
+from .._misc import (
+    accumulation_dtype,
+    as_state,
+    at_least_single,
+    check_positive_int,
+    state_dtype,
+)
 from .._parametrisation.base import resolve
 from .base import AbstractResidualLayer, as_time, check_scalar_step
+from .sequential import Inputs, run, run_reversibly, scan
+from .times import check_times, Steps, steps_between
 
 
 class ODEBlock(eqx.Module):
@@ -20,7 +27,8 @@ class ODEBlock(eqx.Module):
 
     The layers are one repeated, or `num_steps` of them with parameters of their own.
     Either way they are compiled once. The initial guess of each solve lies on the
-    parabola through the last three states.
+    parabola through the last three states. Steps are as long as the layer says, or go
+    from one time of `ts` to the next.
 
     !!! example
 
@@ -61,87 +69,125 @@ class ODEBlock(eqx.Module):
                         "with `equinox.filter_vmap` over as many keys."
                     )
 
-    def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
+    def __call__(
+        self,
+        y0: Y,
+        t0: Any = 0.0,
+        args: PyTree[Any] = None,
+        *,
+        ts: ArrayLike | None = None,
+    ) -> Y:
         """**Arguments:**
 
         - `y0`: the initial state, a pytree of floating arrays of one dtype.
         - `t0`: the initial time.
         - `args`: passed to the vector field.
+        - `ts`: in place of `t0`, the times of all states, that of `y0` first. Step `k`
+            then goes from `ts[k]` to `ts[k + 1]`, instead of by the `step_size` of its
+            layer. There may be any number of steps (`num_steps` does not count), but
+            for stacked layers. A step between equal times changes nothing, so that a
+            short series is padded by its last time.
 
         **Returns:**
 
         The state after the last step. [`eqimplicit.ODEBlock.solve`][] tells whether
         every step was found.
 
-        **Raises:** as the layer.
+        **Raises:** as the layer; a `ValueError` for a `t0` beside `ts`, for `ts` of the
+        wrong shape, and for times that decrease or are not finite. Where these are
+        traced, the states after them are NaN.
         """
-        run = _run_reversibly if self.reversible else _run
-        return _call(self, run, y0, as_time(t0), args)
+        go = run_reversibly if self.reversible else run
+        return _call(self, go, y0, *self._times(t0, ts), args)
 
     def trajectory(
-        self, y0: PyTree[ArrayLike], t0: Any = 0.0, args: PyTree[Any] = None
+        self,
+        y0: PyTree[ArrayLike],
+        t0: Any = 0.0,
+        args: PyTree[Any] = None,
+        *,
+        ts: ArrayLike | None = None,
     ) -> PyTree[Array]:
-        """As calling the block, but returns the states at `times(t0)`: with a leading
-        axis of length `num_steps + 1`, the initial state first.
+        """As calling the block, but returns the states at `times(t0, ts=ts)`: with a
+        leading axis of length `num_steps + 1` or `len(ts)`, the initial state first.
         """
-        return self.solve(y0, t0, args).value
+        return self.solve(y0, t0, args, ts=ts).value
 
     def solve(
-        self, y0: PyTree[ArrayLike], t0: Any = 0.0, args: PyTree[Any] = None
+        self,
+        y0: PyTree[ArrayLike],
+        t0: Any = 0.0,
+        args: PyTree[Any] = None,
+        *,
+        ts: ArrayLike | None = None,
     ) -> optx.Solution:
         """As calling the block, but returns a [`optimistix.Solution`][]: `value` is the
         trajectory; `result` and `stats` are those of the steps, with a leading axis of
-        length `num_steps`.
+        as many.
         """
-        return _solve(self, y0, as_time(t0), args)
+        return _solve(self, y0, *self._times(t0, ts), args)
 
-    def inputs(
-        self, y0: PyTree[ArrayLike], t0: Any, args: PyTree[Any]
-    ) -> tuple[PyTree[Any], ...]:
-        """What is scanned over: the arrays of each layer, and the rest, the initial
-        state, the times, and `args`. A layer that is repeated is resolved only once.
-        """
-        if self.stacked:
-            layers = eqx.partition(self.layer, eqx.is_array)
-        else:
-            check_scalar_step(self.layer.step_size)
-            layers = eqx.partition(resolve(self.layer), lambda _: False)
-        return layers, as_state(y0), self.times(t0), args
+    def _times(self, t0, ts):
+        """As they are given, but checked, and as arrays."""
+        if ts is None:
+            return as_time(t0), None
+        if not (isinstance(t0, (int, float)) and t0 == 0):
+            raise ValueError(
+                "`ts` holds the time of `y0`: leave `t0` out. Got "
+                f"`t0={t0!r}` beside `ts`."
+            )
+        ts = check_times(ts)
+        if self.stacked and len(ts) != self.num_steps + 1:
+            raise ValueError(
+                "With stacked layers `ts` must hold num_steps + 1 = "
+                f"{self.num_steps + 1} times. Got {len(ts)}."
+            )
+        if not self.layer.is_one_step:
+            raise ValueError(
+                f"The state of a {type(self.layer).__name__} is that of two times, one "
+                "step apart: it makes equal steps only. Got `ts`."
+            )
+        return None, ts
 
-    def times(self, t0: Any = 0.0) -> Float[Array, " times"]:
-        """The times of the states of a trajectory that starts at `t0`."""
-        # At least in single precision: bfloat16 could not tell the steps apart.
-        t0, step_size = at_least_single(t0), at_least_single(self.layer.step_size)
-        if self.stacked and eqx.is_array(step_size):
-            start = jnp.zeros_like(step_size[:1])
-            return t0 + jnp.concatenate([start, jnp.cumsum(step_size)])
-        # Integers, with which Python numbers stay weakly typed.
-        with jax.numpy_dtype_promotion("standard"):
-            return t0 + step_size * jnp.arange(self.num_steps + 1)
+    def times(
+        self, t0: Any = 0.0, *, ts: ArrayLike | None = None
+    ) -> Float[Array, " times"]:
+        """The times of the states of a trajectory that starts at `t0`, or `ts`."""
+        return _times(self, *self._times(t0, ts))
 
-    def jump_times(self, t0: Any = 0.0) -> Float[Array, " jumps"]:
+    def jump_times(
+        self, t0: Any = 0.0, *, ts: ArrayLike | None = None
+    ) -> Float[Array, " jumps"]:
         """The times at which [`eqimplicit.ODEBlock.vector_field`][] jumps: for stacked
         layers those between two steps, otherwise none. For `jump_ts` of
         [`diffrax.ClipStepSizeController`][].
         """
-        return self.times(t0)[1:-1] if self.stacked else self.times(t0)[:0]
+        times = self.times(t0, ts=ts)
+        return times[1:-1] if self.stacked else times[:0]
 
     def vector_field(
-        self, t: Any, y: PyTree[Array], args: PyTree[Any] = None, t0: Any = 0.0
+        self,
+        t: Any,
+        y: PyTree[Array],
+        args: PyTree[Any] = None,
+        t0: Any = 0.0,
+        *,
+        ts: ArrayLike | None = None,
     ) -> PyTree[Array]:
         """The continuous field that the block has learned, with the signature of
-        Diffrax. That of stacked layers is piecewise constant in time: from `t0 + k h`
-        on, until the next, the field of layer `k`; the first and last extend to all
-        times before and after.
+        Diffrax. That of stacked layers is piecewise constant in time: from the start of
+        step `k` on, until the next, the field of layer `k`; the first and last extend
+        to all times before and after.
 
         **Arguments:**
 
         - `t`, `y`, `args`: as for any vector field.
         - `t0`: the time at which the first step starts.
+        - `ts`: in place of `t0`, as for calling the block.
         """
         if not self.stacked:
             return resolve(self.layer.vector_field)(t, y, args)
-        index = jnp.searchsorted(self.jump_times(t0), t, side="right")
+        index = jnp.searchsorted(self.jump_times(t0, ts=ts), t, side="right")
         fields, shared = eqx.partition(self.layer.vector_field, eqx.is_array)
         field = eqx.combine(jtu.tree_map(lambda x: x[index], fields), shared)
         return resolve(field)(t, y, args)
@@ -168,133 +214,46 @@ stacked layers; a `TypeError` if `layer` is no such layer.
 """
 
 
-class _Path(eqx.Module):
-    """The last state of a path, and its last differences of first and second order."""
+def _times(block, t0, ts):
+    if ts is not None:
+        return ts
+    # At least in single precision: bfloat16 could not tell the steps apart.
+    t0, step_size = at_least_single(t0), at_least_single(block.layer.step_size)
+    if block.stacked and eqx.is_array(step_size):
+        start = jnp.zeros_like(step_size[:1])
+        return t0 + jnp.concatenate([start, jnp.cumsum(step_size)])
+    # Integers, with which Python numbers stay weakly typed.
+    with jax.numpy_dtype_promotion("standard"):
+        return t0 + step_size * jnp.arange(block.num_steps + 1)
 
-    y: PyTree[Array]
-    change: PyTree[Array]
-    bend: PyTree[Array]
-    is_line: Bool[Array, ""]
 
-    def extrapolate(self):
-        """On the parabola through the last three states, if there are as many."""
-        return jtu.tree_map(lambda *x: sum(x), self.y, self.change, self.bend)
-
-    def append(self, y):
-        change = jtu.tree_map(jnp.subtract, y, self.y)
-        bend = jtu.tree_map(
-            lambda a, b: jnp.where(self.is_line, a - b, 0), change, self.change
-        )
-        return _Path(y, change, bend, jnp.array(True))
+def _inputs(block, y0, t0, ts, args):
+    y0 = as_state(y0)
+    if block.stacked:
+        stack, shared = eqx.partition(block.layer, eqx.is_array)
+    else:
+        check_scalar_step(block.layer.step_size)
+        # Resolved only once.
+        stack, shared = None, resolve(block.layer)
+    if ts is None:
+        steps = Steps(_times(block, t0, None)[:-1], None)
+    else:
+        steps = steps_between(ts, accumulation_dtype(state_dtype(y0)))
+    return Inputs(stack, shared, y0, steps, args)
 
 
 @eqx.filter_jit
-def _call(block, run, y0, t0, args):
-    return run(block.inputs(y0, t0, args))
+def _call(block, go, y0, t0, ts, args):
+    return go(_inputs(block, y0, t0, ts, args))
 
 
 @eqx.filter_jit
-def _solve(block, y0, t0, args):
-    inputs = block.inputs(y0, t0, args)
-    _, solution = _scan(inputs, lambda solution: solution)
-    _, start, _, _ = inputs
+def _solve(block, y0, t0, ts, args):
+    inputs = _inputs(block, y0, t0, ts, args)
+    _, solution = scan(inputs, lambda solution: solution)
     value = jtu.tree_map(
-        lambda first, rest: jnp.concatenate([first[None], rest]), start, solution.value
+        lambda first, rest: jnp.concatenate([first[None], rest]),
+        inputs.y0,
+        solution.value,
     )
     return eqx.tree_at(lambda s: s.value, solution, value)
-
-
-def _start(y):
-    zero = jtu.tree_map(jnp.zeros_like, y)
-    return _Path(y, zero, zero, jnp.array(False))
-
-
-def _scan(inputs, keep):
-    (stack, shared), y0, times, args = inputs
-
-    def step(path, x):
-        own, t = x
-        layer = eqx.combine(own, shared)
-        solution = layer.solve(path.y, t, args, path.extrapolate())
-        return path.append(solution.value), keep(solution)
-
-    path, kept = lax.scan(step, _start(y0), (stack, times[:-1]))
-    return path.y, kept
-
-
-def _run(inputs):
-    y, _ = _scan(inputs, lambda solution: None)
-    return y
-
-
-@eqx.filter_custom_vjp
-def _run_reversibly(inputs):
-    return _run(inputs)
-
-
-@_run_reversibly.def_fwd
-def _forward(perturbed, inputs):
-    del perturbed
-    y = _run(inputs)
-    return y, y
-
-
-@_run_reversibly.def_bwd
-def _backward(last, cotangent, perturbed, inputs):
-    """Carries the path and the cotangents back, from one step to the one before."""
-    del perturbed
-    (stack, shared), y0, times, args = inputs
-
-    def step(carry, x):
-        path, sizes, y_bar, shared_bar, args_bar = carry
-        own, t = x
-        layer = eqx.combine(own, shared)
-        previous = layer.invert(path.y, t, args, path.extrapolate()).value
-
-        def forward(point):
-            own, shared, previous, t, args = point
-            layer = eqx.combine(own, shared)
-            return layer.solve(previous, t, args, path.y).value
-
-        _, vjp = eqx.filter_vjp(forward, (own, shared, previous, t, args))
-        ((own_bar, shared_add, y_bar, t_bar, args_add),) = vjp(y_bar)
-        shared_bar = eqx.apply_updates(shared_bar, shared_add)
-        args_bar = eqx.apply_updates(args_bar, args_add)
-        sizes = _largest(sizes, previous)
-        carry = path.append(previous), sizes, y_bar, shared_bar, args_bar
-        return carry, (own_bar, t_bar)
-
-    zeros = lambda tree: jtu.tree_map(
-        jnp.zeros_like, eqx.filter(tree, eqx.is_inexact_array)
-    )
-    cotangent = jtu.tree_map(
-        lambda c, y: jnp.zeros_like(y) if c is None else c,
-        cotangent,
-        last,
-        is_leaf=lambda x: x is None,
-    )
-    sizes = _largest(last, y0)
-    start = _start(last), sizes, cotangent, zeros(shared), zeros(args)
-    (path, sizes, y_bar, shared_bar, args_bar), (stack_bar, times_bar) = lax.scan(
-        step, start, (stack, times[:-1]), reverse=True
-    )
-    lost = _is_lost(path.y, y0, sizes, len(times) - 1)
-    times_bar = jnp.append(times_bar, 0)
-    bars = (stack_bar, shared_bar), y_bar, times_bar, args_bar
-    return jtu.tree_map(lambda x: jnp.where(lost, jnp.nan, x), bars)
-
-
-def _largest(a, b):
-    return jtu.tree_map(lambda x, y: jnp.maximum(jnp.abs(x), jnp.abs(y)), a, b)
-
-
-def _is_lost(y, y0, sizes, num_steps):
-    """Whether any unknown has missed its initial value by more than a thousandth of the
-    largest that it has been, and by more than the roundings of all steps explain.
-    """
-    missed, sizes = (
-        ravel(tree)[0] for tree in (jtu.tree_map(jnp.subtract, y, y0), sizes)
-    )
-    rounding = float(jnp.finfo(sizes.dtype).eps) * num_steps**0.5 * jnp.max(sizes)
-    # NaN compares false.
-    return ~jnp.all(jnp.abs(missed) <= 1e-3 * sizes + rounding)

@@ -228,7 +228,9 @@ def _step(layer: RungeKuttaLayer, y, t, args, z0, forwards):
         return jnp.broadcast_to(leaf, (num_stages, *leaf.shape))
 
     def slopes_from(change):
-        scaled = lambda leaf: leaf / jnp.asarray(h if forwards else -h, leaf.dtype)
+        # A step of length zero has slopes as well.
+        length = jnp.where(h == 0, 1, h if forwards else -h)
+        scaled = lambda leaf: leaf / length.astype(leaf.dtype)
         return jtu.tree_map(lambda leaf: in_each_stage(scaled(leaf)), change)
 
     if forwards and all(tableau.is_explicit for tableau in tableaux):
