@@ -61,10 +61,8 @@ from ._residual.explicit import (
 from ._residual.fp_resnet import FPResNet as FPResNet
 from ._residual.hamiltonian import HamiltonianField as HamiltonianField
 from ._residual.ode_block import ODEBlock as ODEBlock
-from ._residual.runge_kutta import (
-    ButcherTableau as ButcherTableau,
-    RungeKuttaLayer as RungeKuttaLayer,
-)
+from ._residual.runge_kutta import RungeKuttaLayer as RungeKuttaLayer
+from ._residual.tableau import ButcherTableau as ButcherTableau
 from ._residual.theta import (
     stability_function as stability_function,
     ThetaLayer as ThetaLayer,

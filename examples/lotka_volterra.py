@@ -40,7 +40,10 @@ from training.command_line import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Learn the Lotka-Volterra equations."""
+    """Learn the Lotka-Volterra equations.
+
+    Takes about two minutes on two cores.
+    """
 
     layers: tuple[str, ...] = ("0", "0.5", "1")
     """Thetas, or gauss (Gauss-Legendre), or verlet (which

@@ -49,7 +49,11 @@ PAPER = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(options.Options):
-    """Robustness of implicit residual networks to noise."""
+    """Robustness of implicit residual networks to noise.
+
+    With --small takes about four minutes on two cores;
+    without, it wants a GPU.
+    """
 
     dataset: image_data.Name = "mnist"
     """The digits are embedded, the others are in --data-dir."""

@@ -36,7 +36,10 @@ NUM_LAYERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fit the sine with implicit residual layers."""
+    """Fit the sine with implicit residual layers.
+
+    Takes about four minutes on two cores.
+    """
 
     thetas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """The thetas of the layers."""

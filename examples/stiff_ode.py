@@ -33,7 +33,10 @@ STEP, NUM_STEPS, LIMITS = 0.1, 20, (-25.0, -15.0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Learn a stiff equation from few points."""
+    """Learn a stiff equation from few points.
+
+    Takes about three minutes on two cores.
+    """
 
     thetas: tuple[float, ...] = (0.0, 0.5, 1.0)
     """The thetas of the layers."""

@@ -32,7 +32,10 @@ ADJOINTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Solve y = d + y^5, and differentiate the solution."""
+    """Solve y = d + y^5, and differentiate the solution.
+
+    Takes about six seconds on two cores.
+    """
 
     points: int = 201
     """How many values of d from -1/2 to 1/2."""

@@ -126,3 +126,14 @@ _command = re.compile(r"^python examples/(\w+)\.py(.*)$", re.M)
 def test_commands_have_these_options(script, options):
     config = importlib.import_module(script).Config
     tyro.cli(config, args=shlex.split(options.replace("HOST", "127.0.0.1")))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [page.stem for page in (_docs / "examples").glob("*.md") if page.stem != "results"],
+)
+def test_the_time_needed_is_told(script):
+    told = importlib.import_module(script).Config.__doc__
+    page = (_docs / "examples" / f"{script}.md").read_text(encoding="utf-8")
+    for text in (told, page):
+        assert re.search(r"(second|minute)s? on two cores|half on two cores", text)

@@ -12,9 +12,25 @@ from equinox import AbstractVar
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
-from .._layer.base import check_same_structure, finish, SolveOptions
+from .._layer.base import check_same_structure, finish, solve_cell, SolveOptions
 from .._misc import as_state, check_callable, check_positive, state_dtype
 from .._parametrisation.base import resolve
+
+
+class StepEquation(eqx.Module):
+    """The equation `z = cell(z, x)` of one step, and what its solution makes of the
+    state.
+
+    - `guess`: an initial guess of `z`.
+    - `new_state(z)`: the state one step later.
+    - `scale(size)`: what a size, or a tolerance, of the state is one of `z`.
+    """
+
+    cell: Callable
+    x: PyTree[Any]
+    guess: PyTree[Array]
+    new_state: Callable
+    scale: Callable
 
 
 class AbstractResidualLayer(eqx.Module):
@@ -140,6 +156,22 @@ def prepare(
     remedy = "A derivative is of the same kind as its state."
     check_same_structure("vector_field", derivative, y, remedy)
     return field, y
+
+
+def solve_step(
+    equation: StepEquation, y: PyTree[Array], options: SolveOptions
+) -> optx.Solution:
+    """The solution of a step's equation, of which `value` is the new state."""
+    solution = solve_cell(
+        equation.cell,
+        equation.x,
+        equation.guess,
+        options,
+        scale=equation.scale(y),
+        remedy="Pass a `z0` like `y`.",
+    )
+    value = equation.new_state(solution.value)
+    return finish(value, solution.result, solution.stats, options)
 
 
 def as_time(t: Any) -> Any:

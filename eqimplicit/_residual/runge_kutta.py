@@ -1,5 +1,3 @@
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,13 +5,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
-from .._layer.base import check_solve_arguments, finish, solve_cell, SolveOptions
-from .._misc import check_positive_int, inexact
+from .._layer.base import check_solve_arguments, SolveOptions
+from .._misc import as_state
 from .._parametrisation.untrained import untrained
 from .base import (
     AbstractResidualLayer,
@@ -22,118 +19,10 @@ from .base import (
     explicit_solution,
     initial_guess,
     prepare,
+    solve_step,
+    StepEquation,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class ButcherTableau:
-    r"""The coefficients $A$, $b$ and $c$ of a Runge-Kutta method with $s$ stages, as
-    tuples of Python floats. Any method: explicit, diagonally or fully implicit.
-
-    **Arguments:**
-
-    - `a`: $A$, a tuple of rows.
-    - `b`: $b$, the weights, which sum to one.
-    - `c`: $c$, the nodes.
-
-    **Raises:** a `ValueError` if the sizes do not fit or the weights do not sum to one.
-    """
-
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    c: tuple[float, ...]
-
-    def __post_init__(self):
-        stages = len(self.b)
-        if len(self.c) != stages or [len(row) for row in self.a] != [stages] * stages:
-            raise ValueError(
-                "`a` must be a square matrix of the size of `b` and `c`. Got "
-                f"a={self.a!r}, b={self.b!r}, c={self.c!r}."
-            )
-        if not math.isclose(sum(self.b), 1, rel_tol=1e-9):
-            raise ValueError(
-                f"`b` must sum to 1 for a consistent method. Got {self.b!r}."
-            )
-
-    @property
-    def is_explicit(self) -> bool:
-        """Whether each stage needs only those before it."""
-        return not np.any(np.triu(np.asarray(self.a)))
-
-    @classmethod
-    def gauss_legendre(cls, num_stages: int) -> "ButcherTableau":
-        r"""The Gauss-Legendre method of order $2 s$. Symmetric, symplectic, A-stable;
-        with one stage it is the implicit midpoint rule.
-
-        **Arguments:**
-
-        - `num_stages`: $s$.
-        """
-        check_positive_int("num_stages", num_stages)
-        nodes, _ = np.polynomial.legendre.leggauss(num_stages)
-        return _collocation((nodes + 1) / 2)
-
-    @classmethod
-    def radau_iia(cls, num_stages: int) -> "ButcherTableau":
-        r"""The Radau IIA method of order $2 s - 1$. L-stable, its last stage is the new
-        state; with one stage it is the implicit Euler method.
-
-        **Arguments:**
-
-        - `num_stages`: $s$.
-        """
-        check_positive_int("num_stages", num_stages)
-        # Its nodes are the zeros of a difference of two Legendre polynomials.
-        polynomial = np.zeros(num_stages + 1)
-        polynomial[-2:] = [-1, 1]
-        nodes = np.sort(np.polynomial.legendre.legroots(polynomial).real)
-        nodes[-1] = 1
-        return _collocation((nodes + 1) / 2)
-
-    @classmethod
-    def sdirk(cls) -> "ButcherTableau":
-        r"""The singly diagonally implicit method with two stages, of order 2 and
-        L-stable.
-        """
-        gamma = 1 - 1 / math.sqrt(2)
-        return cls(((gamma, 0.0), (1 - gamma, gamma)), (1 - gamma, gamma), (gamma, 1.0))
-
-    def stability_function(self, z: Any) -> Any:
-        r"""What a step multiplies a solution of $\dot y = \lambda y$ with, for
-        $z = h \lambda$:
-
-        $$R(z) = \frac{\det(I - z A + z \mathbf{1} b^\top)}{\det(I - z A)}
-        = 1 + z b^\top (I - z A)^{-1} \mathbf{1}$$
-
-        **Arguments:**
-
-        - `z`: $h \lambda$, real or complex, a number or an array of any shape.
-
-        **Returns:**
-
-        $R(z)$, of the shape of `z`.
-        """
-        z = inexact(z)
-        a, b = (jnp.asarray(x, z.dtype) for x in (self.a, self.b))
-        eye = jnp.eye(len(b), dtype=z.dtype)
-
-        def at(point):
-            return 1 + point * (b @ jnp.linalg.solve(eye - point * a, jnp.ones_like(b)))
-
-        return jax.vmap(at)(z.reshape(-1)).reshape(z.shape)
-
-
-def _collocation(nodes: np.ndarray) -> ButcherTableau:
-    """Integrates, from zero to each node and to one, the polynomials that are one at
-    one node and zero at the others, which are sums of Legendre polynomials.
-    """
-    legendre, size = np.polynomial.legendre, len(nodes)
-    sums = np.linalg.inv(legendre.legvander(2 * nodes - 1, size - 1))
-    antiderivatives = legendre.legint(sums, lbnd=-1) / 2
-    integrals = lambda x: legendre.legval(2 * x - 1, antiderivatives)
-    floats = lambda row: tuple(float(x) for x in row)
-    a = tuple(floats(integrals(node)) for node in nodes)
-    return ButcherTableau(a, floats(integrals(1.0)), floats(nodes))
+from .tableau import ButcherTableau
 
 
 class RungeKuttaLayer(AbstractResidualLayer):
@@ -192,6 +81,10 @@ class RungeKuttaLayer(AbstractResidualLayer):
             )
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
+    @property
+    def order(self) -> int:
+        return min(tableau.order for tableau in _tableaux(self.tableau))
+
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
@@ -201,6 +94,11 @@ class RungeKuttaLayer(AbstractResidualLayer):
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
         return _step(self, y, as_time(t), args, z0, False)
+
+    def equation(
+        self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
+    ) -> StepEquation:
+        return _equation(self, y, as_time(t), args, z0, True)
 
     def _tableau_of_each_leaf(self, y):
         if isinstance(self.tableau, ButcherTableau):
@@ -214,44 +112,50 @@ class RungeKuttaLayer(AbstractResidualLayer):
         return [x for x, part in zip(self.tableau, y) for _ in jtu.tree_leaves(part)]
 
 
-@eqx.filter_jit
-def _step(layer: RungeKuttaLayer, y, t, args, z0, forwards):
+def _equation(layer, y, t, args, z0, forwards):
     field, y = prepare(layer, y, t, args)
-    options = SolveOptions(
-        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "RungeKuttaLayer"
-    )
     tableaux = tuple(layer._tableau_of_each_leaf(y))
-    h = layer.step_size
-    num_stages = len(tableaux[0].b)
-
-    def in_each_stage(leaf):
-        return jnp.broadcast_to(leaf, (num_stages, *leaf.shape))
+    h, num_stages = layer.step_size, len(tableaux[0].b)
 
     def slopes_from(change):
         # A step of length zero has slopes as well.
         length = jnp.where(h == 0, 1, h if forwards else -h)
-        scaled = lambda leaf: leaf / length.astype(leaf.dtype)
-        return jtu.tree_map(lambda leaf: in_each_stage(scaled(leaf)), change)
 
-    if forwards and all(tableau.is_explicit for tableau in tableaux):
-        slopes = _explicit_slopes(field, tableaux, y, t, h, args)
-        solution = explicit_solution(slopes, options)
-    else:
-        solution = solve_cell(
-            _Stages(field, tableaux, forwards),
-            (y, t, h, args),
-            slopes_from(jtu.tree_map(jnp.subtract, initial_guess(y, z0), y)),
-            options,
-            scale=slopes_from(y),
-            remedy="Pass a `z0` like `y`.",
+        def in_each_stage(leaf):
+            slope = leaf / length.astype(leaf.dtype)
+            return jnp.broadcast_to(slope, (num_stages, *leaf.shape))
+
+        return jtu.tree_map(in_each_stage, change)
+
+    def new_state(slopes):
+        leaves, treedef = jtu.tree_flatten(y)
+        weights = [
+            jnp.asarray(x.b if forwards else [-b for b in x.b]) for x in tableaux
+        ]
+        return treedef.unflatten(
+            _increments(leaves, h, weights, jtu.tree_leaves(slopes))
         )
 
-    leaves, treedef = jtu.tree_flatten(y)
-    weights = [jnp.asarray(tableau.b) for tableau in tableaux]
-    weights = weights if forwards else [-b for b in weights]
-    value = _increments(leaves, h, weights, jtu.tree_leaves(solution.value))
-    value = treedef.unflatten(value)
-    return finish(value, solution.result, solution.stats, options)
+    change = jtu.tree_map(jnp.subtract, initial_guess(y, z0), y)
+    return StepEquation(
+        _Stages(field, tableaux, forwards),
+        (y, t, h, args),
+        slopes_from(change),
+        new_state=new_state,
+        scale=slopes_from,
+    )
+
+
+@eqx.filter_jit
+def _step(layer: RungeKuttaLayer, y, t, args, z0, forwards):
+    options = SolveOptions(
+        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "RungeKuttaLayer"
+    )
+    equation = _equation(layer, y, t, args, z0, forwards)
+    if not forwards or not all(x.is_explicit for x in _tableaux(layer.tableau)):
+        return solve_step(equation, as_state(y), options)
+    slopes = _explicit_slopes(equation.cell, *equation.x)
+    return explicit_solution(equation.new_state(slopes), options)
 
 
 RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**
@@ -286,8 +190,9 @@ def _increments(leaves, h, weights, slopes):
     ]
 
 
-def _explicit_slopes(field, tableaux, y, t, h, args):
+def _explicit_slopes(stages: Any, y, t, h, args):
     """One stage after the other, each from those before it."""
+    field, tableaux = stages.vector_field, stages.tableaux
     leaves, treedef = jtu.tree_flatten(y)
     slopes = [jnp.zeros((0, *leaf.shape), leaf.dtype) for leaf in leaves]
     for i in range(len(tableaux[0].b)):

@@ -7,8 +7,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
-from .._layer.base import check_solve_arguments, solve_cell, SolveOptions
-from .._misc import inexact
+from .._layer.base import check_solve_arguments, SolveOptions
+from .._misc import as_state, inexact
 from .._parametrisation.untrained import untrained
 from .base import (
     AbstractResidualLayer,
@@ -18,6 +18,8 @@ from .base import (
     explicit_solution,
     initial_guess,
     prepare,
+    solve_step,
+    StepEquation,
 )
 
 
@@ -85,6 +87,10 @@ class ThetaLayer(AbstractResidualLayer):
             )
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
+    @property
+    def order(self) -> int:
+        return 2 if self.theta == 0.5 else 1
+
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
@@ -96,29 +102,41 @@ class ThetaLayer(AbstractResidualLayer):
         h = self.step_size
         return _step(self, y, as_time(t) + h, args, z0, -h, 1 - self.theta)
 
+    def equation(
+        self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
+    ) -> StepEquation:
+        return _equation(self, y, as_time(t), args, z0, self.step_size, self.theta)
+
+
+def _equation(layer, y, t, args, z0, h, theta):
+    field, y = prepare(layer, y, t, args)
+    start, stage_time = y, t + h
+    if layer.form == "midpoint":
+        stage_time = t + theta * h
+    elif theta < 1:
+        start = add(y, (1 - theta) * h, field(t, y, args))
+    return StepEquation(
+        _Stage(field, theta, layer.form),
+        (start, stage_time, h, args),
+        initial_guess(y, z0),
+        new_state=_same,
+        scale=_same,
+    )
+
+
+def _same(tree):
+    return tree
+
 
 @eqx.filter_jit
 def _step(layer: ThetaLayer, y, t, args, z0, h, theta):
-    field, y = prepare(layer, y, t, args)
     options = SolveOptions(
         layer.solver, layer.adjoint, layer.max_steps, layer.throw, "ThetaLayer"
     )
     if theta == 0:
+        field, y = prepare(layer, y, t, args)
         return explicit_solution(add(y, h, field(t, y, args)), options)
-    if layer.form == "midpoint":
-        start, stage_time = y, t + theta * h
-    else:
-        start, stage_time = y, t + h
-        if theta < 1:
-            start = add(y, (1 - theta) * h, field(t, y, args))
-    return solve_cell(
-        _Stage(field, theta, layer.form),
-        (start, stage_time, h, args),
-        initial_guess(y, z0),
-        options,
-        scale=y,
-        remedy="Pass a `z0` like `y`.",
-    )
+    return solve_step(_equation(layer, y, t, args, z0, h, theta), as_state(y), options)
 
 
 ThetaLayer.__init__.__doc__ = r"""**Arguments:**
