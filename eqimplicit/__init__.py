@@ -52,6 +52,7 @@ from ._regularisation.trajectory import (
     trajectory_penalty as trajectory_penalty,
 )
 from ._residual.base import AbstractResidualLayer as AbstractResidualLayer
+from ._residual.diffrax import diffrax_solver as diffrax_solver
 from ._residual.explicit import (
     LeapfrogLayer as LeapfrogLayer,
     MidpointLayer as MidpointLayer,

@@ -183,12 +183,7 @@ def run(config: Config):
             "seconds": seconds,
         }
     shapes = {"true": test, "states": states, "histories": histories}
-    content = {
-        "experiment": "Allen-Cahn equation",
-        "config": dataclasses.asdict(config),
-        "rows": rows(results),
-        "results": results,
-    }
+    content = experiment.result("Allen-Cahn equation", config, rows(results), results)
     return content, shapes
 
 

@@ -97,10 +97,11 @@ def run(config: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     if not config.methods:
         raise UserError("--methods needs at least one method")
     data = image_data.load(
-        config.dataset, options.data_folder(config), config.train_size
+        config.dataset,
+        options.data_folder(config),
+        config.train_size,
+        small.get("test_size"),
     )
-    test = image_data.Images(*(x[: small.get("test_size")] for x in data.test))
-    data = data._replace(test=test)
     steps = options.steps_per_epoch(config, len(data.train.labels))
 
     def train(method, seed):
@@ -173,8 +174,7 @@ def summarise(config, setting, histories, test_size):
                     setting.paper.products.get(method, "not stated"),
                 )
             )
-    size = ", small" if config.small else ""
-    title = f"JFB paper, {config.dataset}{size}, {config.epochs} epochs"
+    title = f"JFB paper, {options.data_name(config)}, {config.epochs} epochs"
     return experiment.result(title, config, rows, results, test_size=test_size)
 
 
@@ -213,10 +213,7 @@ def draw(config: Any, content: Any, histories: dict[str, list[Any]]) -> None:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    config = tyro.cli(Config, args=args)
-    options.start(config)
-    folder = options.given(config.out, pathlib.Path("runs", f"jfb-{config.dataset}"))
-    config = dataclasses.replace(config, out=folder)
+    config = options.start_in(tyro.cli(Config, args=args), "jfb")
     return experiment.conclude(config, run, report, draw)
 
 

@@ -126,12 +126,12 @@ def run(config: Config):
             "law": None if expected is None else [expected.real, expected.imag],
             "seconds": seconds,
         }
-    content = {
-        "experiment": f"Lotka-Volterra, setting of the {config.setting}",
-        "config": dataclasses.asdict(config),
-        "rows": rows(results),
-        "results": results,
-    }
+    content = experiment.result(
+        f"Lotka-Volterra, setting of the {config.setting}",
+        config,
+        rows(results),
+        results,
+    )
     return content, (curves, histories)
 
 
@@ -155,9 +155,9 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
-def report(results: dict[str, Any]) -> None:
+def report(content: dict[str, Any]) -> None:
     rows = []
-    for layer, one in results["results"].items():
+    for layer, one in content["results"].items():
         real, imaginary = one["eigenvalue"].T
         rows.append(
             [

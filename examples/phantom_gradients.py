@@ -120,11 +120,11 @@ def run(config: Any) -> tuple[dict[str, Any], None]:
     data: Any = None
     if chosen:
         data = image_data.load(
-            config.dataset, options.data_folder(config), config.train_size
+            config.dataset,
+            options.data_folder(config),
+            config.train_size,
+            1000 if config.small else None,
         )
-        if config.small:
-            test = image_data.Images(*(x[:1000] for x in data.test))
-            data = data._replace(test=test)
     synthetic = phantom_synthetic.run() if "synthetic" in config.parts else {}
     rows = phantom_synthetic.rows(synthetic)
     histories = experiment.each(
@@ -140,7 +140,7 @@ def run(config: Any) -> tuple[dict[str, Any], None]:
                 chosen[name].paper if config.dataset == "cifar10" else "other data",
             )
         )
-    title = f"phantom gradients, {config.dataset}{', small' if config.small else ''}"
+    title = f"phantom gradients, {options.data_name(config)}"
     content = experiment.result(title, config, rows, histories, synthetic=synthetic)
     return content, None
 
@@ -210,12 +210,7 @@ def draw(config: Any, content: dict[str, Any], more: None) -> None:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    config = tyro.cli(Config, args=args)
-    options.start(config)
-    folder = options.given(
-        config.out, pathlib.Path("runs", f"phantom-{config.dataset}")
-    )
-    config = dataclasses.replace(config, out=folder)
+    config = options.start_in(tyro.cli(Config, args=args), "phantom")
     return experiment.conclude(config, run, report, draw)
 
 

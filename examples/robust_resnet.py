@@ -113,11 +113,11 @@ def run(config: Any) -> tuple[dict[str, Any], None]:
         if not is_theta and network != SKIP:
             raise UserError(f"--networks: {network} is no theta from 0 to 1, nor skip")
     data = image_data.load(
-        config.dataset, options.data_folder(config), config.train_size
+        config.dataset,
+        options.data_folder(config),
+        config.train_size,
+        1000 if config.small else None,
     )
-    test_size = 1000 if config.small else None
-    test = image_data.Images(*(x[:test_size] for x in data.test))
-    data = data._replace(test=test)
     most = int(data.train.images.max())
     steps = config.epochs * options.steps_per_epoch(config, len(data.train.labels))
 
@@ -146,7 +146,7 @@ def run(config: Any) -> tuple[dict[str, Any], None]:
         network: {key: np.array([one[key] for one in some]) for key in some[0]}
         for network, some in scores.items()
     }
-    title = f"noise, {config.dataset}{', small' if config.small else ''}"
+    title = f"noise, {options.data_name(config)}"
     size = len(data.test.labels)
     lines = rows(results, config)
     return experiment.result(title, config, lines, results, test_size=size), None
@@ -231,10 +231,7 @@ def draw(config: Any, content: dict[str, Any], more: None) -> None:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    config = tyro.cli(Config, args=args)
-    options.start(config)
-    folder = options.given(config.out, pathlib.Path("runs", f"robust-{config.dataset}"))
-    config = dataclasses.replace(config, out=folder)
+    config = options.start_in(tyro.cli(Config, args=args), "robust")
     return experiment.conclude(config, run, report, draw)
 
 

@@ -198,12 +198,7 @@ def run(config: Config):
                     key: np.asarray(h[mine.start]) for key, h in history.items()
                 },
             }
-    content = {
-        "experiment": "sine regression",
-        "config": dataclasses.asdict(config),
-        "rows": rows(results),
-        "results": results,
-    }
+    content = experiment.result("sine regression", config, rows(results), results)
     return content, curves
 
 

@@ -205,12 +205,7 @@ def run(config: Config):
             results[f"{name}, theta {theta:g}"] = {**scores, "seconds": seconds}
             first = lambda x: x[0] if eqx.is_array(x) else x
             models[f"{name}, theta {theta:g}"] = jax.tree.map(first, trained)
-    content = {
-        "experiment": "spirals",
-        "config": dataclasses.asdict(config),
-        "rows": rows(results),
-        "results": results,
-    }
+    content = experiment.result("spirals", config, rows(results), results)
     return content, models
 
 

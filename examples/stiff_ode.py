@@ -197,12 +197,12 @@ def run(config: Config):
             name = f"theta {theta:g}, {points} points"
             results[name] = {**scores, "loss": history["loss"][:, -50:].mean(1)}
             results[name]["seconds"] = seconds
-    content = {
-        "experiment": f"stiff equation, setting of the {config.setting}",
-        "config": dataclasses.asdict(config),
-        "rows": rows(results),
-        "results": results,
-    }
+    content = experiment.result(
+        f"stiff equation, setting of the {config.setting}",
+        config,
+        rows(results),
+        results,
+    )
     return content, curves
 
 

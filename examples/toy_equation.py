@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import tyro
-from training import command_line, figures, files, results as results_file
+from training import command_line, experiment, figures, files, results as results_file
 
 import eqimplicit as eqi
 
@@ -97,12 +97,7 @@ def run(config: Config) -> dict[str, Any]:
         ),
     ]
     results = {"d": np.asarray(d), "y": y, "formula": formula, **derivatives}
-    return {
-        "experiment": "toy equation",
-        "config": dataclasses.asdict(config),
-        "rows": rows,
-        "results": results,
-    }
+    return experiment.result("toy equation", config, rows, results)
 
 
 def draw(config: Config, content: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ import optimistix as optx
 import pytest
 
 import eqimplicit as eqi
+from eqimplicit._adjoint.base import Inputs, Outcome
+from eqimplicit._adjoint.rules import while_loop
 
 from .helpers import (
     ADJOINTS,
@@ -750,3 +752,25 @@ def test_backward_iteration_does_not_depend_on_the_scale_of_the_loss(scale):
     found = gradient(args, scale * g, eqi.ImplicitAdjoint(solver))
     expected = linear_algebra(args, scale * g, INVERSES["Implicit"])
     assert relative_error(found, expected) < 1e-5
+
+
+def test_an_adjoint_finds_the_solver_and_how_it_went(getkey):
+    """By the names that this package has for the arguments of `apply`."""
+    seen = {}
+
+    class Looking(optx.AbstractAdjoint):
+        def apply(self, primal_fn, rewrite_fn, inputs, tags):
+            value, residual = primal_fn((*inputs, while_loop))
+            named = Inputs(*inputs)
+            seen.update(solver=named.solver, max_steps=named.max_steps)
+            return value + Outcome(*residual).num_steps.astype(value.dtype), residual
+
+    solver = eqi.Picard(1e-8, 1e-8)
+    args = matrix_of_norm(getkey(), 3, 0.5), jnp.ones(3)
+    run = lambda adjoint: optx.fixed_point(
+        tanh_map, solver, jnp.zeros(3), args, max_steps=77, adjoint=adjoint
+    )
+    solution = run(Looking())
+    assert seen == {"solver": solver, "max_steps": 77}
+    moved = solution.value - run(eqi.ImplicitAdjoint()).value
+    assert jnp.allclose(moved, solution.stats["num_steps"].astype(float))

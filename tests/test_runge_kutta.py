@@ -9,6 +9,7 @@ import optimistix as optx
 import pytest
 
 import eqimplicit as eqi
+from eqimplicit._residual.tableau import _forests
 
 from .helpers import directional_difference, random_like, tree_dot
 
@@ -215,3 +216,29 @@ def test_many_stages_are_as_accurate_as_few():
     # What makes the method symplectic.
     assert np.allclose(b[:, None] * a + (b[:, None] * a).T, np.outer(b, b), atol=1e-14)
     assert np.isclose(sum(RADAU(10).b), 1, rtol=1e-13)
+
+
+@pytest.mark.parametrize("stages", (1, 2, 3, 4))
+def test_a_tableau_knows_its_order(stages):
+    assert eqi.ButcherTableau.gauss_legendre(stages).order == 2 * stages
+    assert eqi.ButcherTableau.radau_iia(stages).order == 2 * stages - 1
+    assert eqi.ButcherTableau.sdirk().order == 2
+    # Kutta's method meets all eight conditions of order four.
+    kutta = eqi.ButcherTableau(
+        ((0.0,) * 4, (0.5, 0.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        (0.0, 0.5, 0.5, 1.0),
+    )
+    heun = eqi.ButcherTableau(
+        ((0.0,) * 3, (1 / 3, 0.0, 0.0), (0.0, 2 / 3, 0.0)),
+        (0.25, 0.0, 0.75),
+        (0.0, 1 / 3, 2 / 3),
+    )
+    assert (kutta.order, heun.order) == (4, 3)
+
+
+def test_as_many_conditions_as_there_are_trees():
+    trees = [[]]
+    for size in range(1, 9):
+        trees.append(list(_forests(trees, size - 1, size - 1)))
+    assert [len(x) for x in trees[1:]] == [1, 1, 2, 4, 9, 20, 48, 115]

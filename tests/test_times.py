@@ -1,5 +1,7 @@
 """Blocks on the times of the data: steps of any length, of none, and bad ones."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.flatten_util as jfu
@@ -239,6 +241,20 @@ def test_misuse_is_named(getkey):
         block(y0, ts=jnp.stack([ts, ts]))
     with pytest.raises(ValueError, match="in one axis"):
         block(y0, ts=jnp.array([]))
+    with pytest.raises(ValueError, match="must be real"):
+        block(y0, ts=np.asarray(ts) + 1j)
+    with pytest.raises(ValueError, match="must not decrease"):
+        block.vector_field(0.5, y0, ts=jnp.array([1.0, 0.0]))
+
+    class Fixed(eqi.AbstractResidualLayer):
+        vector_field: Callable
+        step_size: float = eqx.field(static=True, default=1.0)
+        solve = eqi.ThetaLayer.solve
+        invert = eqi.ThetaLayer.invert
+
+    with pytest.raises((TypeError, ValueError)) as info:
+        eqi.ODEBlock(Fixed(lambda t, y, args: -y), 3)(y0, ts=ts)
+    assert "`step_size` of a Fixed" in str(info.value.__notes__)
     with pytest.raises(ValueError, match=r"num_steps \+ 1 = 9 times. Got 4"):
         midpoint_block(getkey(), stacked=True)(y0, ts=ts)
     field = lambda t, y, args: -y
@@ -302,3 +318,82 @@ def test_steps_may_be_of_very_different_lengths(precision):
     # The reference of the test set for initial value problems.
     expected = jnp.array([1.78659211e-2, 7.27475147e-8, 9.82134006e-1], dtype)
     assert jnp.allclose(solution.value[-1], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ("theta 0", "theta 0.5, midpoint", "Gauss 2"))
+def test_second_derivatives_go_through_steps_of_nothing(name, getkey):
+    """A step of nothing is the limit of a short one."""
+    field, y0 = make_field(getkey()), start(name, getkey())
+    block = eqi.ODEBlock(LAYERS[name](field, 0.1, **TIGHT), 1)
+
+    @jax.jit
+    def hessian(ts):
+        return jax.hessian(lambda ts: weighted_sum(block(y0, ts=ts)))(ts)
+
+    still = hessian(jnp.array([0.1, 0.3, 0.3, 0.6, 0.6]))
+    short = hessian(jnp.array([0.1, 0.3, 0.3 + 1e-7, 0.6, 0.6 + 1e-7]))
+    assert jnp.allclose(still, still.T, atol=1e-11)
+    assert jnp.allclose(still, short, atol=1e-5)
+
+
+def test_a_clock_that_counts_from_far_away(default_configuration):
+    """NumPy's times keep their precision, also where JAX's have less."""
+    block = eqi.ODEBlock(eqi.ThetaLayer(lambda t, y, args: -y), 1)
+    near = 0.05 * np.arange(6.0)
+    expected = block.trajectory(jnp.ones(1), ts=near)
+    states = block.trajectory(jnp.ones(1), ts=1.7e9 + near)
+    assert jnp.allclose(states, expected, rtol=1e-5)
+    seconds = np.int64(1_700_000_000) + np.arange(6)
+    states = block.trajectory(jnp.ones(1), ts=seconds)
+    assert jnp.allclose(states[1:, 0], (1 / 3) ** jnp.arange(1.0, 6.0), rtol=1e-5)
+
+
+def test_penalties_of_padded_series(getkey):
+    """They do not see the layers that make no step."""
+    make = lambda rate: eqi.ThetaLayer(Scaled(rate), 0.5)
+    rates = jnp.array([1.0, 2.0, 3.0, 1000.0])
+    ts, y0, key = jnp.array([0.0, 0.1, 0.2, 0.3, 0.3]), jnp.ones(2), getkey()
+
+    def penalties(num_steps):
+        layers = eqx.filter_vmap(make)(rates[:num_steps])
+        block = eqi.ODEBlock(layers, num_steps, stacked=True)
+        times = ts[: num_steps + 1]
+        states = block.trajectory(y0, ts=times)
+        trajectory = eqi.trajectory_penalty(
+            block, states, ts=times, key=key, divergence_weight=1.0
+        )
+        kinetic = eqi.kinetic_penalty(block, states, ts=times, key=key)
+        return jnp.stack([trajectory, kinetic])
+
+    assert jnp.allclose(penalties(4), penalties(3), rtol=1e-12)
+    block = midpoint_block(getkey())
+    times = jnp.ones(3)
+    states = block.trajectory(jnp.ones(SIZE), ts=times)
+    for penalty in (eqi.trajectory_penalty, eqi.kinetic_penalty):
+        assert penalty(block, states, ts=times, key=key) == 0
+
+
+class Scaled(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+def test_penalties_of_single_precision_on_times_of_double(getkey):
+    field = lambda t, y, args: -y * (1 + t)
+    block, ts = eqi.ODEBlock(eqi.ThetaLayer(field), 1), np.linspace(0.0, 1.0, 4)
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        states = block.trajectory(jnp.ones(2, jnp.float32), ts=ts)
+        for penalty in (eqi.trajectory_penalty, eqi.kinetic_penalty):
+            value = penalty(block, states, ts=ts, key=getkey(), jacobian_weight=1.0)
+            assert value.dtype == jnp.float32
+
+
+def test_an_adjoint_that_needs_iterations_is_refused():
+    with pytest.warns(UserWarning, match="RecursiveCheckpointAdjoint"):
+        layer = eqi.ThetaLayer(
+            lambda t, y, args: -y, adjoint=optx.RecursiveCheckpointAdjoint()
+        )
+    with pytest.raises(ValueError, match="With `ts` the ThetaLayer must not"):
+        eqi.ODEBlock(layer, 1)(jnp.ones(1), ts=jnp.array([0.0, 0.1]))

@@ -2,6 +2,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
@@ -67,17 +68,30 @@ def default_solver(
         tolerance = max(1e-8 if is_double else 1e-4, 4 * eps)
         return Anderson(tolerance, tolerance), ImplicitAdjoint()
     largest = _largest(scale)
-    if at_most(_DENSE + 1, num_unknowns(state)) <= _DENSE:
+    if is_small(state):
         tolerance = max(1e-6, 4 * eps)
         atol = jtu.tree_map(lambda s: tolerance * jnp.abs(s) + 4 * eps * largest, scale)
-        newton = optx.Newton(tolerance, atol, linear_solver=DenseLU())
+        newton = optx.Newton(tolerance, atol, linear_solver=linear_solver_for(state))
         solver = RootAsFixedPoint(newton, judge_step=True, refine=True)
         return solver, ImplicitAdjoint(DenseLU())
     tolerance = max(1e-8 if is_double else 1e-6, 4 * eps)
-    gmres = GMRES(1e-4 if is_double else 1e-3, 0.0)
+    gmres = linear_solver_for(state)
     newton = optx.Newton(tolerance, tolerance * largest, linear_solver=gmres)
     # Not judged by its steps, which an inexact solve may leave short.
     return RootAsFixedPoint(newton, refine=True), ImplicitAdjoint()
+
+
+def linear_solver_for(state: PyTree[Array]) -> lx.AbstractLinearSolver:
+    """That of the Newton steps of a residual layer."""
+    if is_small(state):
+        return DenseLU()
+    is_double = jnp.finfo(state_dtype(state)).bits >= 64
+    return GMRES(1e-4 if is_double else 1e-3, 0.0)
+
+
+def is_small(state: PyTree[Array]) -> bool:
+    """Whether the Jacobian of a residual layer is factorised."""
+    return at_most(_DENSE + 1, num_unknowns(state)) <= _DENSE
 
 
 def _largest(scale: PyTree[Array]) -> Any:

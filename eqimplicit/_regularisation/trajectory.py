@@ -8,7 +8,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from .._misc import as_state, check_positive_int, ravel
+from .._misc import (
+    accumulation_dtype,
+    as_state,
+    check_positive_int,
+    ravel,
+    state_dtype,
+)
 from .._parametrisation.bounded import BoundedSpectrum
 from .._parametrisation.spectral_norm import SpectralNorm
 from .._residual.ode_block import ODEBlock
@@ -114,12 +120,11 @@ def trajectory_penalty(
     **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states, or
     those of `ts`.
     """
-    times = block.times(t0, ts=ts)
-    states = _states(times, trajectory, detach)
+    times, states = _times_and_states(block, trajectory, t0, ts, detach)
     steps, size = len(times) - 1, ravel(jtu.tree_map(lambda x: x[0], states))[0].size
 
     def at(t, y, key):
-        field = lambda y: block.vector_field(t, y, args, t0, ts=ts)
+        field = _field(block, t, args, t0, ts)
         return divergence_and_frobenius(
             field, y, key=key, num_samples=num_samples, probe=probe
         )
@@ -132,7 +137,10 @@ def trajectory_penalty(
         if ts is None:
             passed = jnp.linspace(0, 1, steps + 1, dtype=dtype)
         else:
-            passed = ((times - times[0]) / (times[-1] - times[0])).astype(dtype)
+            whole = times[-1] - times[0]
+            # No time at all has no mean, and no penalty.
+            passed = (times - times[0]) / jnp.where(whole == 0, 1, whole)
+            passed = passed.astype(dtype)
         growth = passed**power
         values = (
             jnp.asarray(divergence_weight, dtype) / size * growth * traces
@@ -193,11 +201,10 @@ def kinetic_penalty(
         }
         ```
     """
-    times = block.times(t0, ts=ts)
-    states = _states(times, trajectory, detach)
+    times, states = _times_and_states(block, trajectory, t0, ts, detach)
 
     def at(t, y, key):
-        field = lambda y: block.vector_field(t, y, args, t0, ts=ts)
+        field = _field(block, t, args, t0, ts)
         value = ravel(field(y))[0]
         dtype = value.dtype
         kinetic = jnp.asarray(kinetic_weight, dtype) * jnp.vdot(value, value)
@@ -258,7 +265,9 @@ def total_derivative(
     return derivative
 
 
-def _states(times, trajectory, detach):
+def _times_and_states(block, trajectory, t0, ts, detach):
+    dtype = accumulation_dtype(state_dtype(trajectory))
+    times = block.times(t0, ts=ts).astype(dtype)
     lengths = {len(leaf) for leaf in jtu.tree_leaves(trajectory)}
     if lengths != {len(times)}:
         raise ValueError(
@@ -266,7 +275,17 @@ def _states(times, trajectory, detach):
             f"many as there are times. Got {sorted(lengths)}. For a batch of "
             "trajectories, use `jax.vmap`."
         )
-    return lax.stop_gradient(trajectory) if detach else trajectory
+    return times, lax.stop_gradient(trajectory) if detach else trajectory
+
+
+def _field(block, t, args, t0, ts):
+    """That of the block at a time, which does not promote its value."""
+
+    def field(y):
+        value = block.vector_field(t, y, args, t0, ts=ts)
+        return jtu.tree_map(lambda a, b: jnp.asarray(a).astype(b.dtype), value, y)
+
+    return field
 
 
 def _is_zero(weight: Any) -> bool:

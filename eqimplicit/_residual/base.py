@@ -44,6 +44,10 @@ class AbstractResidualLayer(eqx.Module):
     # Whether a step needs one state, so that it may be of any length.
     is_one_step: ClassVar[bool] = True
 
+    @property
+    def order(self) -> int | None:
+        """The order of the scheme, if it is known."""
+
     @abc.abstractmethod
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
@@ -100,12 +104,36 @@ class AbstractResidualLayer(eqx.Module):
         return self.solve(y, t, args).value
 
 
+class AbstractImplicitLayer(AbstractResidualLayer):
+    """A residual layer whose step is the solution of an equation, and explicit only for
+    some of its arguments.
+    """
+
+    @abc.abstractmethod
+    def equation(
+        self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
+    ) -> StepEquation:
+        """The equation of the step that
+        [`eqimplicit.AbstractResidualLayer.solve`][] makes with these arguments.
+        """
+
+    @property
+    @abc.abstractmethod
+    def is_explicit(self) -> bool:
+        """Whether nothing has to be solved."""
+
+    @property
+    @abc.abstractmethod
+    def options(self) -> SolveOptions:
+        """How it is solved."""
+
+
 def check_residual_layer(
     vector_field: Any, step_size: Any, adjoint: Any = None
 ) -> None:
     check_callable("vector_field", vector_field, "vector_field(t, y, args)")
     check_positive("step_size", step_size)
-    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
+    if differentiates_iterations(adjoint):
         warnings.warn(
             "`optimistix.RecursiveCheckpointAdjoint` differentiates the iterations of "
             "a solve, and a residual layer may take very few: where its initial guess "
@@ -113,6 +141,10 @@ def check_residual_layer(
             "`eqimplicit.ImplicitAdjoint`, or a tolerance close to rounding.",
             stacklevel=2,
         )
+
+
+def differentiates_iterations(adjoint: Any) -> bool:
+    return isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
 
 
 class _Cast(eqx.Module):

@@ -98,6 +98,10 @@ class VerletLayer(_AbstractReversibleLayer):
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
 
+    @property
+    def order(self) -> int:
+        return 2
+
     def forwards(self, field, y, t, args):
         return self._step(field, y, t, args, self.step_size)
 
@@ -135,6 +139,10 @@ class RevNetLayer(_AbstractReversibleLayer):
 
     vector_field: Callable
     step_size: float | Float[Array, ""] = 1.0
+
+    @property
+    def order(self) -> int:
+        return 1
 
     def forwards(self, field, y, t, args):
         y, z = y

@@ -147,7 +147,8 @@ class FPResNet(eqx.Module):
 
     def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
         """As [`eqimplicit.ODEBlock`][], of which `block` is one: it has the trajectory
-        and the statistics.
+        and the statistics. (With `ts` the guarantees hold for steps no longer than
+        `step_size`.)
 
         **Arguments:**
 

@@ -16,8 +16,14 @@ from .._misc import (
     state_dtype,
 )
 from .._parametrisation.base import resolve
-from .base import AbstractResidualLayer, as_time, check_scalar_step
-from .sequential import Inputs, run, run_reversibly, scan
+from .base import (
+    AbstractImplicitLayer,
+    AbstractResidualLayer,
+    as_time,
+    check_scalar_step,
+    differentiates_iterations,
+)
+from .sequential import run, run_reversibly, scan, ScanInputs
 from .times import check_times, Steps, steps_between
 
 
@@ -98,7 +104,9 @@ class ODEBlock(eqx.Module):
         traced, the states after them are NaN.
         """
         go = run_reversibly if self.reversible else run
-        return _call(self, go, y0, *self._times(t0, ts), args)
+        t0, ts = self._checked_times(t0, ts)
+        steps = None if ts is None else steps_between(ts)
+        return _call(self, go, y0, t0, steps, args)
 
     def trajectory(
         self,
@@ -125,13 +133,15 @@ class ODEBlock(eqx.Module):
         trajectory; `result` and `stats` are those of the steps, with a leading axis of
         as many.
         """
-        return _solve(self, y0, *self._times(t0, ts), args)
+        t0, ts = self._checked_times(t0, ts)
+        steps = None if ts is None else steps_between(ts)
+        return _solve(self, y0, t0, steps, args)
 
-    def _times(self, t0, ts):
-        """As they are given, but checked, and as arrays."""
+    def _checked_times(self, t0, ts):
+        """The initial time as an array, or the times."""
         if ts is None:
             return as_time(t0), None
-        if not (isinstance(t0, (int, float)) and t0 == 0):
+        if not (t0 is None or isinstance(t0, (int, float)) and t0 == 0):
             raise ValueError(
                 "`ts` holds the time of `y0`: leave `t0` out. Got "
                 f"`t0={t0!r}` beside `ts`."
@@ -142,18 +152,28 @@ class ODEBlock(eqx.Module):
                 "With stacked layers `ts` must hold num_steps + 1 = "
                 f"{self.num_steps + 1} times. Got {len(ts)}."
             )
+        name = type(self.layer).__name__
         if not self.layer.is_one_step:
             raise ValueError(
-                f"The state of a {type(self.layer).__name__} is that of two times, one "
-                "step apart: it makes equal steps only. Got `ts`."
+                f"The state of a {name} is that of two times, one step apart: it makes "
+                "equal steps only. Got `ts`."
             )
+        if isinstance(self.layer, AbstractImplicitLayer):
+            if differentiates_iterations(self.layer.options.adjoint):
+                raise ValueError(
+                    f"With `ts` the {name} must not have the adjoint "
+                    "`optimistix.RecursiveCheckpointAdjoint`: a step of length zero "
+                    "takes no iterations, and its gradient would be zero. Use "
+                    "`eqimplicit.ImplicitAdjoint`."
+                )
         return None, ts
 
     def times(
         self, t0: Any = 0.0, *, ts: ArrayLike | None = None
     ) -> Float[Array, " times"]:
         """The times of the states of a trajectory that starts at `t0`, or `ts`."""
-        return _times(self, *self._times(t0, ts))
+        t0, ts = self._checked_times(t0, ts)
+        return _equal_times(self, t0) if ts is None else jnp.asarray(ts)
 
     def jump_times(
         self, t0: Any = 0.0, *, ts: ArrayLike | None = None
@@ -185,9 +205,13 @@ class ODEBlock(eqx.Module):
         - `t0`: the time at which the first step starts.
         - `ts`: in place of `t0`, as for calling the block.
         """
+        times = self.times(t0, ts=ts)
         if not self.stacked:
             return resolve(self.layer.vector_field)(t, y, args)
-        index = jnp.searchsorted(self.jump_times(t0, ts=ts), t, side="right")
+        # From the last time on, the last step that is not of length zero.
+        last = jnp.maximum(jnp.searchsorted(times, times[-1]) - 1, 0)
+        index = jnp.searchsorted(times[1:-1], t, side="right")
+        index = jnp.minimum(index, last)
         fields, shared = eqx.partition(self.layer.vector_field, eqx.is_array)
         field = eqx.combine(jtu.tree_map(lambda x: x[index], fields), shared)
         return resolve(field)(t, y, args)
@@ -214,9 +238,7 @@ stacked layers; a `TypeError` if `layer` is no such layer.
 """
 
 
-def _times(block, t0, ts):
-    if ts is not None:
-        return ts
+def _equal_times(block, t0):
     # At least in single precision: bfloat16 could not tell the steps apart.
     t0, step_size = at_least_single(t0), at_least_single(block.layer.step_size)
     if block.stacked and eqx.is_array(step_size):
@@ -227,7 +249,7 @@ def _times(block, t0, ts):
         return t0 + step_size * jnp.arange(block.num_steps + 1)
 
 
-def _inputs(block, y0, t0, ts, args):
+def _inputs(block, y0, t0, steps, args):
     y0 = as_state(y0)
     if block.stacked:
         stack, shared = eqx.partition(block.layer, eqx.is_array)
@@ -235,21 +257,23 @@ def _inputs(block, y0, t0, ts, args):
         check_scalar_step(block.layer.step_size)
         # Resolved only once.
         stack, shared = None, resolve(block.layer)
-    if ts is None:
-        steps = Steps(_times(block, t0, None)[:-1], None)
+    if steps is None:
+        steps = Steps(_equal_times(block, t0)[:-1], None)
     else:
-        steps = steps_between(ts, accumulation_dtype(state_dtype(y0)))
-    return Inputs(stack, shared, y0, steps, args)
+        # A field must not be promoted by its time.
+        dtype = accumulation_dtype(state_dtype(y0))
+        steps = jtu.tree_map(lambda x: x.astype(dtype), steps)
+    return ScanInputs(stack, shared, y0, steps, args)
 
 
 @eqx.filter_jit
-def _call(block, go, y0, t0, ts, args):
-    return go(_inputs(block, y0, t0, ts, args))
+def _call(block, go, y0, t0, steps, args):
+    return go(_inputs(block, y0, t0, steps, args))
 
 
 @eqx.filter_jit
-def _solve(block, y0, t0, ts, args):
-    inputs = _inputs(block, y0, t0, ts, args)
+def _solve(block, y0, t0, steps, args):
+    inputs = _inputs(block, y0, t0, steps, args)
     _, solution = scan(inputs, lambda solution: solution)
     value = jtu.tree_map(
         lambda first, rest: jnp.concatenate([first[None], rest]),

@@ -13,7 +13,7 @@ from .._layer.base import check_solve_arguments, SolveOptions
 from .._misc import as_state
 from .._parametrisation.untrained import untrained
 from .base import (
-    AbstractResidualLayer,
+    AbstractImplicitLayer,
     as_time,
     check_residual_layer,
     explicit_solution,
@@ -25,7 +25,7 @@ from .base import (
 from .tableau import ButcherTableau
 
 
-class RungeKuttaLayer(AbstractResidualLayer):
+class RungeKuttaLayer(AbstractImplicitLayer):
     r"""A residual layer that is one step of any Runge-Kutta method for
     $\dot y = F(t, y)$, with the slopes $k_i$ of its $s$ stages found together:
 
@@ -82,23 +82,33 @@ class RungeKuttaLayer(AbstractResidualLayer):
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
     @property
+    def options(self) -> SolveOptions:
+        return SolveOptions(
+            self.solver, self.adjoint, self.max_steps, self.throw, "RungeKuttaLayer"
+        )
+
+    @property
+    def is_explicit(self) -> bool:
+        return all(tableau.is_explicit for tableau in _tableaux(self.tableau))
+
+    @property
     def order(self) -> int:
         return min(tableau.order for tableau in _tableaux(self.tableau))
 
     def solve(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return _step(self, y, as_time(t), args, z0, True)
+        return _step(self, y, as_time(t), args, z0, forwards=True)
 
     def invert(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        return _step(self, y, as_time(t), args, z0, False)
+        return _step(self, y, as_time(t), args, z0, forwards=False)
 
     def equation(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> StepEquation:
-        return _equation(self, y, as_time(t), args, z0, True)
+        return _equation(self, y, as_time(t), args, z0, forwards=True)
 
     def _tableau_of_each_leaf(self, y):
         if isinstance(self.tableau, ButcherTableau):
@@ -112,7 +122,7 @@ class RungeKuttaLayer(AbstractResidualLayer):
         return [x for x, part in zip(self.tableau, y) for _ in jtu.tree_leaves(part)]
 
 
-def _equation(layer, y, t, args, z0, forwards):
+def _equation(layer, y, t, args, z0, *, forwards):
     field, y = prepare(layer, y, t, args)
     tableaux = tuple(layer._tableau_of_each_leaf(y))
     h, num_stages = layer.step_size, len(tableaux[0].b)
@@ -147,15 +157,12 @@ def _equation(layer, y, t, args, z0, forwards):
 
 
 @eqx.filter_jit
-def _step(layer: RungeKuttaLayer, y, t, args, z0, forwards):
-    options = SolveOptions(
-        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "RungeKuttaLayer"
-    )
-    equation = _equation(layer, y, t, args, z0, forwards)
-    if not forwards or not all(x.is_explicit for x in _tableaux(layer.tableau)):
-        return solve_step(equation, as_state(y), options)
+def _step(layer: RungeKuttaLayer, y, t, args, z0, *, forwards):
+    equation = _equation(layer, y, t, args, z0, forwards=forwards)
+    if not forwards or not layer.is_explicit:
+        return solve_step(equation, as_state(y), layer.options)
     slopes = _explicit_slopes(equation.cell, *equation.x)
-    return explicit_solution(equation.new_state(slopes), options)
+    return explicit_solution(equation.new_state(slopes), layer.options)
 
 
 RungeKuttaLayer.__init__.__doc__ = r"""**Arguments:**

@@ -16,7 +16,7 @@ from .path import Path
 from .times import stay_if_still, Steps, with_step_size
 
 
-class Inputs(NamedTuple):
+class ScanInputs(NamedTuple):
     """What is scanned over: the arrays of each layer, and the rest that they share, the
     initial state, the steps, and `args`.
     """
@@ -33,7 +33,7 @@ def _layer(own, shared, length) -> AbstractResidualLayer:
 
 
 def scan(
-    inputs: Inputs, keep: Callable[[optx.Solution], Any]
+    inputs: ScanInputs, keep: Callable[[optx.Solution], Any]
 ) -> tuple[PyTree[Array], Any]:
     """The last state, and what is to be kept of each step."""
     stack, shared, y0, steps, args = inputs
@@ -50,13 +50,13 @@ def scan(
     return path.y, kept
 
 
-def run(inputs: Inputs) -> PyTree[Array]:
+def run(inputs: ScanInputs) -> PyTree[Array]:
     y, _ = scan(inputs, lambda solution: None)
     return y
 
 
 @eqx.filter_custom_vjp
-def run_reversibly(inputs: Inputs) -> PyTree[Array]:
+def run_reversibly(inputs: ScanInputs) -> PyTree[Array]:
     """As `run`, but the gradient finds the states again by stepping backwards."""
     return run(inputs)
 
@@ -111,7 +111,7 @@ def _backward(last, cotangent, perturbed, inputs):
     path, sizes, y_bar, shared_bar, args_bar = carry
     stack_bar, starts_bar, lengths_bar = bars
     lost = _is_lost(path.y, y0, sizes, len(steps.starts))
-    bars = Inputs(
+    bars = ScanInputs(
         stack_bar, shared_bar, y_bar, Steps(starts_bar, lengths_bar), args_bar
     )
     return jtu.tree_map(lambda x: jnp.where(lost, jnp.nan, x), bars)

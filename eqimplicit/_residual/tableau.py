@@ -51,7 +51,7 @@ class ButcherTableau:
         """The order of the method: as many as there are for which all conditions of
         Butcher's trees hold, at most 10.
         """
-        return _order(np.asarray(self.a), np.asarray(self.b))
+        return order_of(np.asarray(self.a), np.asarray(self.b))
 
     @classmethod
     def gauss_legendre(cls, num_stages: int) -> "ButcherTableau":
@@ -116,7 +116,7 @@ class ButcherTableau:
         return jax.vmap(at)(z.reshape(-1)).reshape(z.shape)
 
 
-def _order(a: np.ndarray, b: np.ndarray, largest: int = 10) -> int:
+def order_of(a: np.ndarray, b: np.ndarray, largest: int = 10) -> int:
     """By trees of more and more vertices: of each, the density and the vector whose
     sum by the weights must be one over that.
     """

@@ -11,7 +11,7 @@ from .._layer.base import check_solve_arguments, SolveOptions
 from .._misc import as_state, inexact
 from .._parametrisation.untrained import untrained
 from .base import (
-    AbstractResidualLayer,
+    AbstractImplicitLayer,
     add,
     as_time,
     check_residual_layer,
@@ -23,7 +23,7 @@ from .base import (
 )
 
 
-class ThetaLayer(AbstractResidualLayer):
+class ThetaLayer(AbstractImplicitLayer):
     r"""An implicit residual layer: one step of a theta scheme for
     $\dot y = F(t, y)$ maps the state $y$ to the solution $y'$ of
 
@@ -88,6 +88,16 @@ class ThetaLayer(AbstractResidualLayer):
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
 
     @property
+    def options(self) -> SolveOptions:
+        return SolveOptions(
+            self.solver, self.adjoint, self.max_steps, self.throw, "ThetaLayer"
+        )
+
+    @property
+    def is_explicit(self) -> bool:
+        return self.theta == 0
+
+    @property
     def order(self) -> int:
         return 2 if self.theta == 0.5 else 1
 
@@ -130,13 +140,12 @@ def _same(tree):
 
 @eqx.filter_jit
 def _step(layer: ThetaLayer, y, t, args, z0, h, theta):
-    options = SolveOptions(
-        layer.solver, layer.adjoint, layer.max_steps, layer.throw, "ThetaLayer"
-    )
     if theta == 0:
         field, y = prepare(layer, y, t, args)
-        return explicit_solution(add(y, h, field(t, y, args)), options)
-    return solve_step(_equation(layer, y, t, args, z0, h, theta), as_state(y), options)
+        return explicit_solution(add(y, h, field(t, y, args)), layer.options)
+    return solve_step(
+        _equation(layer, y, t, args, z0, h, theta), as_state(y), layer.options
+    )
 
 
 ThetaLayer.__init__.__doc__ = r"""**Arguments:**

@@ -3,14 +3,17 @@
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
+from jax.core import ShapedArray
+from jax.interpreters import ad
+from jaxtyping import Array, Float, PyTree
 
-from .._misc import all_finite, at_least_single, inexact, is_concrete
+from .._misc import all_finite, at_least_single, is_concrete
 from .base import AbstractResidualLayer
 
 
@@ -23,11 +26,18 @@ class Steps(eqx.Module):
     lengths: Float[Array, " steps"] | None
 
 
-def check_times(ts: Any) -> Float[Array, " times"]:
+def check_times(ts: Any) -> np.ndarray | Array:
     """Increasing times; equal neighbours are allowed. Where they are traced, the steps
-    tell instead.
+    tell instead. Those of NumPy keep their precision, or clocks that count seconds from
+    far away would stand still.
     """
-    ts = at_least_single(inexact(ts))
+    if not isinstance(ts, jax.Array):
+        ts = np.asarray(ts)
+    if jnp.issubdtype(ts.dtype, jnp.complexfloating):
+        raise ValueError(f"`ts` must be real. Got dtype {ts.dtype}.")
+    if not jnp.issubdtype(ts.dtype, jnp.floating):
+        ts = ts.astype(float)
+    ts = at_least_single(ts)
     if ts.ndim != 1 or ts.size == 0:
         raise ValueError(
             "`ts` must hold the times of one trajectory, in one axis. Got an array of "
@@ -51,14 +61,13 @@ def check_times(ts: Any) -> Float[Array, " times"]:
     return ts
 
 
-def steps_between(times: Float[Array, " times"], dtype: DTypeLike) -> Steps:
+def steps_between(ts: np.ndarray | Array) -> Steps:
     """Steps of NaN where the times do not increase, so that what follows is NaN."""
-    lengths = jnp.diff(times)
+    lengths = ts[1:] - ts[:-1]
     is_good = jnp.isfinite(lengths) & (lengths >= 0)
     # A product, so that derivatives are NaN as well.
-    lengths = lengths * jnp.where(is_good, 1, jnp.nan)
-    # The field must not be promoted by its time.
-    return Steps(times[:-1].astype(dtype), lengths.astype(dtype))
+    lengths = jnp.asarray(lengths) * jnp.where(is_good, 1, jnp.nan)
+    return Steps(jnp.asarray(ts[:-1]), lengths)
 
 
 def with_step_size(
@@ -67,33 +76,54 @@ def with_step_size(
     """The layer with another step, or for None with its own."""
     if length is None:
         return layer
-    return eqx.tree_at(lambda layer: layer.step_size, layer, length)
+    try:
+        return eqx.tree_at(lambda layer: layer.step_size, layer, length)
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            f"`ts` replaces the `step_size` of a {type(layer).__name__}, which must be "
+            "a field, and not a static one."
+        )
+        raise
 
 
 def stay_if_still(
     solution: optx.Solution, y: PyTree[Array], length: Float[Array, ""] | None
 ) -> optx.Solution:
-    """A step of length zero found nothing but `y`, whatever rounding made of it."""
+    """A step of length zero found nothing but `y`, whatever rounding made of it. Its
+    derivative stays that of what was found: the state changes with the length of a step
+    also where that is zero.
+    """
     if length is None:
         return solution
     is_still = length == 0
     value = jtu.tree_map(
-        lambda found, start: _replace(found, start, is_still), solution.value, y
+        lambda found, start: _replace_p.bind(found, start, is_still)[0],
+        solution.value,
+        y,
     )
     is_found = is_still & all_finite(y)
     result = optx.RESULTS.where(is_found, optx.RESULTS.successful, solution.result)
     return eqx.tree_at(lambda s: (s.value, s.result), solution, (value, result))
 
 
-@jax.custom_jvp
-def _replace(found: Array, start: Array, is_still: Bool[Array, ""]) -> Array:
-    """The derivative stays that of what was found: the state changes with the length
-    of a step also where that is zero.
-    """
-    return jnp.where(is_still, start, found)
+# A primitive: JAX forgets the rule of a `jax.custom_jvp` in a scan whose derivative is
+# differentiated again.
+def _impl(found, start, is_still):
+    return [jnp.where(is_still, start, found)]
 
 
-@_replace.defjvp
-def _replace_jvp(primals, tangents):
+def _abstract_eval(found, start, is_still):
+    del start, is_still
+    return [ShapedArray(found.shape, found.dtype)]
+
+
+def _jvp(primals, tangents):
     t_found, _, _ = tangents
-    return _replace(*primals), t_found
+    return _replace_p.bind(*primals), [ad.instantiate_zeros(t_found)]
+
+
+def _transpose(cotangents, *primals):
+    raise NotImplementedError  # not linear
+
+
+_replace_p = eqxi.create_vprim("replace", _impl, _abstract_eval, _jvp, _transpose)

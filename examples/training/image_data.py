@@ -166,8 +166,13 @@ SOURCES = {
 }
 
 
-def load(name: Name, data_dir: pathlib.Path, train_size: int | None = None) -> Dataset:
-    """The training images, or the first `train_size` of them, and all test images."""
+def load(
+    name: Name,
+    data_dir: pathlib.Path,
+    train_size: int | None = None,
+    test_size: int | None = None,
+) -> Dataset:
+    """The training and test images, or the first so many of them."""
     if name == "digits":
         train, test = _load_digits()
     elif name == "cifar10":
@@ -188,7 +193,10 @@ def load(name: Name, data_dir: pathlib.Path, train_size: int | None = None) -> D
                 f"--train-size is {train_size}, but {name} has only "
                 f"{len(train.labels)} training images"
             )
-        train = Images(train.images[:train_size], train.labels[:train_size])
+    train, test = (
+        Images(part.images[:size], part.labels[:size])
+        for part, size in ((train, train_size), (test, test_size))
+    )
     axes = (0, 1, 2)
     return Dataset(train, test, train.images.mean(axes), train.images.std(axes))
 

@@ -73,6 +73,17 @@ def start(options: Options) -> None:
     processes.join(options.coordinator, options.num_processes, options.process_id)
 
 
+def start_in(options: Any, prefix: str) -> Any:
+    """As `start`. The folder of an experiment on images is named after it and them."""
+    start(options)
+    folder = given(options.out, pathlib.Path("runs", f"{prefix}-{options.dataset}"))
+    return dataclasses.replace(options, out=folder)
+
+
+def data_name(options: Any) -> str:
+    return f"{options.dataset}, small" if options.small else options.dataset
+
+
 def given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
