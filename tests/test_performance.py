@@ -204,6 +204,7 @@ def test_a_split_batch_stays_split(tmp_path):
         "predictors",
         "convergence",
         "remedies",
+        "trajectories",
     ],
 )
 def test_benchmarks_run(tmp_path, name):

@@ -21,13 +21,19 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._adjoint.linear_solve import LinearSolve
-from .._layer.base import solve_cell, SolveOptions
+from .._layer.base import SolveOptions
 from .._layer.defaults import is_small, linear_solver_for
 from .._linear_solver.dense import DenseLU
 from .._linear_solver.gmres import GMRES
 from .._misc import all_finite, where
 from .._solver.as_fixed_point import RootAsFixedPoint
-from .base import AbstractImplicitLayer, AbstractResidualLayer, add, StepEquation
+from .base import (
+    AbstractImplicitLayer,
+    AbstractResidualLayer,
+    add,
+    solve_unknowns,
+    StepEquation,
+)
 from .embedded import (
     continuous_weights,
     error_weights,
@@ -355,12 +361,5 @@ class NewtonLayerSolver(AbstractLayerSolver, diffrax.AbstractImplicitSolver):
 
 
 def _solve(equation: StepEquation, y0: PyTree[Array], options: SolveOptions):
-    solution = solve_cell(
-        equation.cell,
-        equation.x,
-        equation.guess,
-        options,
-        scale=equation.scale(y0),
-        remedy="",
-    )
+    solution = solve_unknowns(equation, y0, options)
     return equation.new_state(solution.value), solution.value, solution.result

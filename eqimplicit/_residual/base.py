@@ -190,11 +190,11 @@ def prepare(
     return field, y
 
 
-def solve_step(
+def solve_unknowns(
     equation: StepEquation, y: PyTree[Array], options: SolveOptions
 ) -> optx.Solution:
-    """The solution of a step's equation, of which `value` is the new state."""
-    solution = solve_cell(
+    """The solution `z` of a step's equation."""
+    return solve_cell(
         equation.cell,
         equation.x,
         equation.guess,
@@ -202,6 +202,13 @@ def solve_step(
         scale=equation.scale(y),
         remedy="Pass a `z0` like `y`.",
     )
+
+
+def solve_step(
+    equation: StepEquation, y: PyTree[Array], options: SolveOptions
+) -> optx.Solution:
+    """The solution of a step, of which `value` is the new state."""
+    solution = solve_unknowns(equation, y, options)
     value = equation.new_state(solution.value)
     return finish(value, solution.result, solution.stats, options)
 

@@ -60,7 +60,7 @@ def diffrax_solver(layer: AbstractResidualLayer) -> "diffrax.AbstractSolver":
             t0=0.0,
             t1=10.0,
             dt0=0.01,
-            y0=y0,
+            y0=jax.numpy.ones(2),
             stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-9),
         )
         ```

@@ -11,7 +11,7 @@ import numpy as np
 import optimistix as optx
 from jax.core import ShapedArray
 from jax.interpreters import ad
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._misc import all_finite, at_least_single, is_concrete
 from .base import AbstractResidualLayer
@@ -96,14 +96,18 @@ def stay_if_still(
     if length is None:
         return solution
     is_still = length == 0
-    value = jtu.tree_map(
-        lambda found, start: _replace_p.bind(found, start, is_still)[0],
-        solution.value,
-        y,
-    )
+    value = replace_where(is_still, y, solution.value)
     is_found = is_still & all_finite(y)
     result = optx.RESULTS.where(is_found, optx.RESULTS.successful, solution.result)
     return eqx.tree_at(lambda s: (s.value, s.result), solution, (value, result))
+
+
+def replace_where(
+    condition: Bool[Array, "..."], start: PyTree[Array], found: PyTree[Array]
+) -> PyTree[Array]:
+    """`start` where the condition holds, with the derivative of `found`."""
+    bind = lambda found, start: _replace_p.bind(found, start, condition)[0]
+    return jtu.tree_map(bind, found, start)
 
 
 # A primitive: JAX forgets the rule of a `jax.custom_jvp` in a scan whose derivative is
