@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optimistix as optx
+import pytest
 
 import eqimplicit as eqi
 
@@ -112,3 +113,11 @@ def compiled_text(fn, *args):
 def solve(fn, solver, z0, args=None, **kwargs):
     kwargs = {"throw": False, "max_steps": 500, **kwargs}
     return eqx.filter_jit(optx.fixed_point)(fn, solver, z0, args, **kwargs)
+
+
+def slow_but(names, *kept):
+    """All names as parameters of a test, of which only some run without `-m slow`."""
+    return [
+        name if name in kept else pytest.param(name, marks=pytest.mark.slow)
+        for name in names
+    ]

@@ -11,7 +11,7 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import directional_difference
+from .helpers import directional_difference, slow_but
 
 
 Tableau = eqi.ButcherTableau
@@ -85,7 +85,7 @@ def promotion_as_users_have_it():
         yield
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", slow_but(SCHEMES, "trapezoid", "Radau 3"))
 def test_constant_steps_are_those_of_a_block(name):
     make, _ = SCHEMES[name]
     solver = {} if name in ("theta 0", "RK4") else {"solver": NEWTON}
@@ -112,7 +112,7 @@ def test_constant_steps_are_those_of_a_block(name):
     assert jnp.allclose(ys, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", slow_but(SCHEMES, "trapezoid", "Radau 3"))
 def test_the_error_estimate_shrinks_as_it_says(name):
     make, order = SCHEMES[name]
     layer = make(unused)
@@ -161,7 +161,7 @@ def robertson(t, y, args):
     return jnp.stack([fast - slow, slow - fast - burn, burn])
 
 
-@pytest.mark.parametrize("name", STIFF)
+@pytest.mark.parametrize("name", slow_but(STIFF, "Radau 3"))
 def test_stiff_kinetics_with_adaptive_steps(name):
     """A component of 7e-8, which a fixed tolerance of 1e-6 would lose."""
     make, order = SCHEMES[name]
@@ -198,7 +198,9 @@ def test_single_precision_with_the_defaults():
     assert solution.stats["num_steps"] < 100
 
 
-@pytest.mark.parametrize("name", ("trapezoid", "Gauss 2", "Radau 3", "RK4"))
+@pytest.mark.parametrize(
+    "name", slow_but(("trapezoid", "Gauss 2", "Radau 3", "RK4"), "Radau 3")
+)
 def test_derivatives_through_the_adjoints_of_diffrax(name):
     make, _ = SCHEMES[name]
     controller = diffrax.PIDController(rtol=1e-8, atol=1e-10)
@@ -253,6 +255,7 @@ def test_backwards_in_time_and_events():
     assert jnp.allclose(solution.ts[-1], jnp.pi / 2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_unknowns_need_no_matrix():
     size = 100
     points = jnp.linspace(0, 1, size + 2)[1:-1]
@@ -269,6 +272,7 @@ def test_many_unknowns_need_no_matrix():
     assert solution.stats["num_steps"] < 200
 
 
+@pytest.mark.slow
 def test_partitioned_schemes_and_parametrised_fields(getkey):
     field = eqi.HamiltonianField(lambda t, y, args: (y[0] ** 2 + y[1] ** 2) / 2)
     for layer in (eqi.VerletLayer(unused), eqi.RevNetLayer(unused)):
@@ -293,6 +297,7 @@ def test_partitioned_schemes_and_parametrised_fields(getkey):
     assert jnp.allclose(solution.ys[-1], jax.scipy.linalg.expm(weight) @ y0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_trajectory_of_a_batch_has_its_own_steps():
     solver = eqi.diffrax_solver(SCHEMES["Radau 3"][0](unused))
     rates = jnp.array([1.0, 1e3])

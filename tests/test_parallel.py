@@ -12,7 +12,7 @@ import eqimplicit as eqi
 from eqimplicit._linear_solver.recurrence import recur
 from eqimplicit._linear_solver.small import solve
 
-from .helpers import relative_error
+from .helpers import relative_error, slow_but
 from .test_block_properties import PRECISIONS, SCHEMES, TIGHT
 from .test_times import cast, IS_STILL, make_field, SIZE, TIMES, weighted_sum
 
@@ -58,7 +58,7 @@ def test_a_recurrence_is_a_loop(reverse, getkey):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", slow_but(SCHEMES, "Radau 2"))
 def test_values_and_gradients_are_those_of_steps_in_turn(name, precision, getkey):
     dtype = PRECISIONS[precision]
     field = make_field(getkey(), dtype)
@@ -95,7 +95,9 @@ def test_values_and_gradients_are_those_of_steps_in_turn(name, precision, getkey
     assert still[0] == still[1]
 
 
-@pytest.mark.parametrize("name", ("theta 0.5, midpoint", "Gauss 2"))
+@pytest.mark.parametrize(
+    "name", slow_but(("theta 0.5, midpoint", "Gauss 2"), "Gauss 2")
+)
 def test_all_derivatives_of_stacked_layers(name, getkey):
     keys = jr.split(getkey(), 4)
     layers = eqx.filter_vmap(lambda key: make(name, make_field(key), **TIGHT))(keys)

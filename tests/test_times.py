@@ -14,7 +14,13 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import directional_difference, random_like, relative_error, tree_dot
+from .helpers import (
+    directional_difference,
+    random_like,
+    relative_error,
+    slow_but,
+    tree_dot,
+)
 from .test_block_properties import Field, PRECISIONS, SCHEMES, TIGHT
 
 
@@ -34,6 +40,7 @@ LAYERS = {
     "Verlet": lambda field, h, **_: eqi.VerletLayer(PartitionedField(field), h),
     "RevNet": lambda field, h, **_: eqi.RevNetLayer(PartitionedField(field), h),
 }
+CORE = ("theta 0.5, midpoint", "Gauss 2")
 SIZE = 3
 # With a pair of equal times in the midst, and the last one repeated.
 TIMES = [0.5, 0.53, 0.9, 0.9, 1.0, 1.5, 1.52, 1.7, 1.7, 1.7]
@@ -62,7 +69,7 @@ def weighted_sum(tree):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(LAYERS, *CORE))
 def test_steps_go_from_one_time_to_the_next(name, precision, getkey):
     dtype = PRECISIONS[precision]
     field = make_field(getkey(), dtype)
@@ -92,7 +99,7 @@ def test_steps_go_from_one_time_to_the_next(name, precision, getkey):
     assert states[1:][IS_STILL].tobytes() == states[:-1][IS_STILL].tobytes()
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(LAYERS, *CORE))
 def test_derivatives_by_finite_differences(name, getkey):
     field, y0 = make_field(getkey()), start(name, getkey())
     # What is padded moves with the time that it repeats.
@@ -114,7 +121,7 @@ def test_derivatives_by_finite_differences(name, getkey):
     assert jnp.allclose(tree_dot(gradient, direction), expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(LAYERS, *CORE))
 def test_a_step_of_nothing_has_the_derivative_of_a_step(name, getkey):
     """The state moves with the end of the step as the field says, were it to begin."""
     field, y0 = make_field(getkey()), start(name, getkey())
@@ -197,7 +204,8 @@ def whole(solution):
 
 @pytest.mark.parametrize("bad", ("falls", "nan", "inf"))
 @pytest.mark.parametrize(
-    "name", ("theta 0", "theta 0.5, midpoint", "Gauss 2", "Verlet")
+    "name",
+    slow_but(("theta 0", "theta 0.5, midpoint", "Gauss 2", "Verlet"), *CORE),
 )
 def test_bad_times_are_no_silent_numbers(name, bad, getkey):
     value, message = {
@@ -320,7 +328,7 @@ def test_steps_may_be_of_very_different_lengths(precision):
     assert jnp.allclose(solution.value[-1], expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ("theta 0", "theta 0.5, midpoint", "Gauss 2"))
+@pytest.mark.parametrize("name", slow_but(CORE, "Gauss 2"))
 def test_second_derivatives_go_through_steps_of_nothing(name, getkey):
     """A step of nothing is the limit of a short one."""
     field, y0 = make_field(getkey()), start(name, getkey())

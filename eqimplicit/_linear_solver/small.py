@@ -1,17 +1,20 @@
-"""Products with small matrices, and their inverses, of any number of them."""
+"""Products and systems of small matrices, any number of them at once."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-# Up to this size a few products written out are faster than a call of a library.
+# Up to this size they are written out, entry by entry: a library, or a sum over an axis
+# of two, takes several times as long.
 TINY = 3
 
 
 def product(a: Float[Array, "*batch m n"], b: Float[Array, "*batch n p"]) -> Array:
-    if a.shape[-1] <= TINY:
-        return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
-    return a @ b
+    size = a.shape[-1]
+    if size > TINY:
+        return a @ b
+    terms = [a[..., :, k, None] * b[..., None, k, :] for k in range(size)]
+    return sum(terms[1:], start=terms[0])
 
 
 def apply(a: Float[Array, "*batch m n"], x: Float[Array, "*batch n"]) -> Array:
@@ -19,26 +22,26 @@ def apply(a: Float[Array, "*batch m n"], x: Float[Array, "*batch n"]) -> Array:
 
 
 def solve(a: Float[Array, "*batch n n"], b: Float[Array, "*batch n p"]) -> Array:
-    """`inverse(a) @ b`, by Cramer's rule if it is tiny."""
+    """`inverse(a) @ b`, by elimination with the largest pivot of each column."""
     size = a.shape[-1]
     if size > TINY:
         return jnp.linalg.solve(a, b)
-    if size == 1:
-        return b / a
-    # Rows scaled to one, so that no determinant overflows.
-    scale = jnp.max(jnp.abs(a), axis=-1, keepdims=True)
-    a, b = a / scale, b / scale
-    if size == 2:
-        (p, q), (r, s) = _entries(a)
-        adjugate = [[s, -q], [-r, p]]
-    else:
-        rows = [a[..., i, :] for i in range(3)]
-        columns = [jnp.cross(rows[(i + 1) % 3], rows[(i + 2) % 3]) for i in range(3)]
-        adjugate = [[columns[j][..., i] for j in range(3)] for i in range(3)]
-    adjugate = jnp.stack([jnp.stack(row, -1) for row in adjugate], -2)
-    determinant = jnp.sum(a[..., 0, :] * adjugate[..., :, 0], axis=-1)
-    return product(adjugate, b) / determinant[..., None, None]
-
-
-def _entries(a):
-    return [[a[..., i, j] for j in range(a.shape[-1])] for i in range(a.shape[-2])]
+    rows = [jnp.concatenate([a[..., i, :], b[..., i, :]], -1) for i in range(size)]
+    for k in range(size):
+        for i in range(k + 1, size):
+            is_larger = (jnp.abs(rows[i][..., k]) > jnp.abs(rows[k][..., k]))[..., None]
+            rows[k], rows[i] = (
+                jnp.where(is_larger, rows[i], rows[k]),
+                jnp.where(is_larger, rows[k], rows[i]),
+            )
+        for i in range(k + 1, size):
+            factor = rows[i][..., k] / rows[k][..., k]
+            rows[i] = rows[i] - factor[..., None] * rows[k]
+    solution: list[Array] = []
+    for k in reversed(range(size)):
+        known = zip(range(k + 1, size), solution)
+        rest = rows[k][..., size:]
+        for i, x in known:
+            rest = rest - rows[k][..., i, None] * x
+        solution.insert(0, rest / rows[k][..., k, None])
+    return jnp.stack(solution, -2)
