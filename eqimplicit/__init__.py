@@ -21,6 +21,7 @@ from ._diagnostics.summary import (
     SolveSummary as SolveSummary,
     summarise as summarise,
 )
+from ._layer.base import SolveOptions as SolveOptions
 from ._layer.defaults import default_solver as default_solver
 from ._layer.deq import DEQ as DEQ
 from ._linear_solver.fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
@@ -51,7 +52,11 @@ from ._regularisation.trajectory import (
     total_variation as total_variation,
     trajectory_penalty as trajectory_penalty,
 )
-from ._residual.base import AbstractResidualLayer as AbstractResidualLayer
+from ._residual.base import (
+    AbstractImplicitLayer as AbstractImplicitLayer,
+    AbstractResidualLayer as AbstractResidualLayer,
+    StepEquation as StepEquation,
+)
 from ._residual.diffrax import diffrax_solver as diffrax_solver
 from ._residual.explicit import (
     LeapfrogLayer as LeapfrogLayer,

@@ -74,10 +74,11 @@ def make_model(layer: str, setting: str, num_steps: int, key) -> Any:
     field = dynamics.NetworkField(network(2, 2, key=key))
     if layer == "gauss":
         tableau = eqi.ButcherTableau.gauss_legendre(2)
-        return eqi.ODEBlock(
-            eqi.RungeKuttaLayer(field, tableau=tableau, step_size=STEP), num_steps
-        )
-    return eqi.ODEBlock(eqi.ThetaLayer(field, float(layer), STEP), num_steps)
+        scheme = eqi.RungeKuttaLayer(field, tableau=tableau, step_size=STEP)
+    else:
+        scheme = eqi.ThetaLayer(field, float(layer), STEP)
+    # All steps at once, if there are equations to solve.
+    return eqi.ODEBlock(scheme, num_steps, parallel=not scheme.is_explicit)
 
 
 def lengthen(model, num_steps: int):

@@ -492,7 +492,11 @@ def test_pytree_states_and_closures_over_traced_parameters(name):
 
 LEAVES = {"two leaves": ((2,), (2, 2)), "three leaves": ((2,), (3, 1), ())}
 PATTERNS = [
-    pytest.param(shapes, pattern, id=f"{count}-{pattern}")
+    pytest.param(
+        *(shapes, pattern),
+        id=f"{count}-{pattern}",
+        marks=pytest.mark.slow if len(shapes) == 3 else (),
+    )
     for count, shapes in LEAVES.items()
     for pattern in itertools.product((0, 1), repeat=len(shapes))
 ]

@@ -95,11 +95,14 @@ def points(size, num_examples=6):
 
 
 # The default solver is another one above 64 unknowns.
-CASES = [(name, 5) for name in SCHEMES] + [
+CASES = [
+    (name, 5) if "0.25" not in name else pytest.param(name, 5, marks=pytest.mark.slow)
+    for name in SCHEMES
+] + [
     ("theta 0.5, midpoint", 1),
     pytest.param("theta 0.5, trapezoid", 64, marks=pytest.mark.slow),
     pytest.param("Gauss 2", 64, marks=pytest.mark.slow),
-    ("theta 0.5, midpoint", 100),
+    pytest.param("theta 0.5, midpoint", 100, marks=pytest.mark.slow),
     pytest.param("Gauss 2", 100, marks=pytest.mark.slow),
 ]
 

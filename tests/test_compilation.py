@@ -93,7 +93,9 @@ def nested(depth, traces):
     return layer
 
 
-@pytest.mark.parametrize("wrap", (lambda layer: layer, gradient))
+@pytest.mark.parametrize(
+    "wrap", (lambda layer: layer, pytest.param(gradient, marks=pytest.mark.slow))
+)
 def test_a_cell_is_traced_once_however_deep(wrap):
     for depth in range(5):
         traces = []

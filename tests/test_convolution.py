@@ -150,6 +150,7 @@ def test_keeps_the_dtype(dtype, getkey):
         assert error <= tolerance * jnp.max(jnp.abs(b))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_optimisations")
 def test_keeps_its_fast_form_inside_loops(getkey):
     # XLA's CPU backend is slow on any other form there.
@@ -169,6 +170,7 @@ def test_keeps_its_fast_form_inside_loops(getkey):
     assert all("dim_labels=b01f_01io->b01f" in line for line in forms)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_optimisations")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form on the CPU")
 def test_a_product_of_matrices_is_in_the_loop(getkey):

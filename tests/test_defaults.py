@@ -70,7 +70,7 @@ def test_a_layer_with_defaults_is_right_to_its_precision(dtype, getkey):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", (3, 100))
+@pytest.mark.parametrize("size", (3, pytest.param(100, marks=pytest.mark.slow)))
 def test_a_residual_layer_with_defaults_is_right_to_its_precision(dtype, size, getkey):
     matrix = matrix_of_norm(getkey(), size, 2.0)
     field = lambda t, y, matrix: jnp.sin(matrix @ y) * jnp.cos(t).astype(y.dtype)

@@ -272,6 +272,7 @@ def test_gradient_report_agrees_with_dense_algebra():
         assert report.num_products == num_products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["JFB", "unrolled"])
 def test_gradient_report_begins_with_the_layers_own_adjoint(name):
     cell, x = problem()
@@ -338,6 +339,7 @@ def test_gradient_report_shows_an_unfinished_backward_solve():
     assert gmres_report.num_products == 2
 
 
+@pytest.mark.slow
 def test_gradient_report_works_under_vmap_and_with_a_key():
     cell, x = problem()
     adjoints = [eqi.JFBAdjoint()]
@@ -359,6 +361,7 @@ def test_gradient_report_works_under_vmap_and_with_a_key():
         assert jnp.allclose(found[1][i], residual, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_gradient_report_takes_an_equinox_state():
     cell, x = problem()
 

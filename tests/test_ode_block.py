@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import diffrax
 import equinox as eqx
 import jax
@@ -246,3 +248,16 @@ def test_a_reversible_block_may_start_at_zero(getkey):
         return jax.grad(loss, (0, 1))(jnp.zeros(3), jnp.array(0.3))
 
     assert eqx.tree_equal(gradient(True), gradient(False), rtol=1e-9, atol=1e-11)
+
+
+def test_a_layer_that_cannot_step_backwards_is_no_reversible_block():
+    class Forwards(eqi.AbstractResidualLayer):
+        vector_field: Callable
+        step_size: float = 1.0
+        solve = eqi.ThetaLayer.solve
+
+    layer = Forwards(lambda t, y, args: -y)
+    with pytest.raises(NotImplementedError, match="Forwards cannot step backwards"):
+        layer.invert(jnp.ones(1))
+    with pytest.raises(ValueError, match="a Forwards has no `invert`"):
+        eqi.ODEBlock(layer, 3, reversible=True)

@@ -192,6 +192,18 @@ def test_a_split_batch_stays_split(tmp_path):
         assert row["difference"] < 1e-6
 
 
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+@pytest.mark.parametrize("parallel", (False, True))
+@pytest.mark.parametrize("size, calls", ((2, False), (3, False), (4, True)))
+def test_small_systems_call_no_library(size, calls, parallel, platform):
+    layer = eqi.ThetaLayer(lambda t, y, args: -(y**3))
+    block = eqi.ODEBlock(layer, 10, parallel=parallel)
+    gradient = jax.jit(jax.grad(lambda y: jnp.sum(block(y))))
+    lowered = gradient.trace(jnp.ones(size)).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert ("lapack" in text or "cusolver" in text or "getrf" in text) == calls
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     "name",

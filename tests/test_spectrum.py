@@ -375,6 +375,7 @@ def test_every_eigenvalue_lies_in_its_disc(limits, scaled, getkey):
     assert np.all(norms <= max(abs(alpha), abs(beta)) * (1 + 1e-6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", (0.5, 1.0))
 def test_a_large_stiff_field_is_solved_by_damped_picard(theta, getkey):
     """Where plain Picard iteration diverges."""
@@ -420,6 +421,7 @@ def test_bad_arguments_are_named(getkey):
         eqi.BoundedSpectrum(lambda t, y, args: y, 1.0, -1.0)
 
 
+@pytest.mark.slow
 def test_a_field_whose_iteration_may_not_contract_is_solved_otherwise(getkey):
     size = 70
     mlp = eqx.nn.MLP(size, size, 20, 1, jnp.tanh, key=getkey())

@@ -51,7 +51,7 @@ def evaluate_cell(
 
 
 class SolveOptions(eqx.Module):
-    """How a layer solves its equation, and what it is called in messages."""
+    """How a residual layer solves its equation, and what it is called in messages."""
 
     solver: optx.AbstractFixedPointSolver | None
     adjoint: optx.AbstractAdjoint | None
@@ -64,6 +64,15 @@ class SolveOptions(eqx.Module):
         solver = solver if self.solver is None else resolve(self.solver)
         adjoint = adjoint if self.adjoint is None else resolve(self.adjoint)
         return solver, adjoint
+
+
+SolveOptions.__init__.__doc__ = """**Arguments:**
+
+- `solver`, `adjoint`: as for [`eqimplicit.ThetaLayer`][]; None for
+    [`eqimplicit.default_solver`][].
+- `max_steps`, `throw`: as for [`eqimplicit.ThetaLayer`][].
+- `name`: that of the layer, for messages.
+"""
 
 
 @eqx.filter_jit

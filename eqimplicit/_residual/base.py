@@ -17,22 +17,6 @@ from .._misc import as_state, check_callable, check_positive, state_dtype
 from .._parametrisation.base import resolve
 
 
-class StepEquation(eqx.Module):
-    """The equation `z = cell(z, x)` of one step, and what its solution makes of the
-    state.
-
-    - `guess`: an initial guess of `z`.
-    - `new_state(z)`: the state one step later.
-    - `scale(size)`: what a size, or a tolerance, of the state is one of `z`.
-    """
-
-    cell: Callable
-    x: PyTree[Any]
-    guess: PyTree[Array]
-    new_state: Callable
-    scale: Callable
-
-
 class AbstractResidualLayer(eqx.Module):
     """A layer that maps the state at `t` to the state at `t + step_size`: what
     [`eqimplicit.ODEBlock`][] repeats.
@@ -70,11 +54,11 @@ class AbstractResidualLayer(eqx.Module):
         structure, shape and dtype.
         """
 
-    @abc.abstractmethod
     def invert(
         self, y: Y, t: Any = 0.0, args: PyTree[Any] = None, z0: Y | None = None
     ) -> optx.Solution:
-        """Steps backwards: from the state at `t + step_size` to the one at `t`.
+        """Steps backwards: from the state at `t + step_size` to the one at `t`. Not
+        every layer can; those that cannot are refused by reversible blocks.
 
         **Arguments:**
 
@@ -84,8 +68,10 @@ class AbstractResidualLayer(eqx.Module):
 
         **Returns:** as [`eqimplicit.AbstractResidualLayer.solve`][].
 
-        **Raises:** as [`eqimplicit.AbstractResidualLayer.solve`][].
+        **Raises:** as [`eqimplicit.AbstractResidualLayer.solve`][]; a
+        `NotImplementedError` if the layer cannot.
         """
+        raise NotImplementedError(f"{type(self).__name__} cannot step backwards.")
 
     def __call__(self, y: Y, t: Any = 0.0, args: PyTree[Any] = None) -> Y:
         """**Arguments:**
@@ -104,9 +90,34 @@ class AbstractResidualLayer(eqx.Module):
         return self.solve(y, t, args).value
 
 
+class StepEquation(eqx.Module):
+    """The equation `z = cell(z, x)` of one step, and what its solution makes of the
+    state.
+    """
+
+    cell: Callable
+    x: PyTree[Any]
+    guess: PyTree[Array]
+    new_state: Callable
+    scale: Callable
+
+
+StepEquation.__init__.__doc__ = """**Arguments:**
+
+- `cell`: a callable `cell(z, x) -> z`.
+- `x`: its second argument: the old state, the time and the length of the step, and
+    whatever else is differentiated.
+- `guess`: an initial guess of `z`.
+- `new_state`: a callable, the state one step later as a function of `z`.
+- `scale`: a callable, what a size, or a tolerance, of the state is one of `z`. Where
+    `z` is the new state it is `lambda size: size`.
+"""
+
+
 class AbstractImplicitLayer(AbstractResidualLayer):
-    """A residual layer whose step is the solution of an equation, and explicit only for
-    some of its arguments.
+    """A residual layer whose step is the solution of an equation that it tells, so that
+    a parallel [`eqimplicit.ODEBlock`][] and [`eqimplicit.diffrax_solver`][] can solve
+    it in their own ways.
     """
 
     @abc.abstractmethod
@@ -120,12 +131,22 @@ class AbstractImplicitLayer(AbstractResidualLayer):
     @property
     @abc.abstractmethod
     def is_explicit(self) -> bool:
-        """Whether nothing has to be solved."""
+        """Whether nothing has to be solved, as for some arguments of the layer."""
 
     @property
     @abc.abstractmethod
     def options(self) -> SolveOptions:
-        """How it is solved."""
+        """By which solver and adjoint, as [`eqimplicit.SolveOptions`][]."""
+
+    def solve_equation(self, equation: StepEquation, y: PyTree[Any]) -> optx.Solution:
+        """The solution of a step from `y`, of which `value` is the new state."""
+        solution = solve_unknowns(equation, as_state(y), self.options)
+        value = equation.new_state(solution.value)
+        return finish(value, solution.result, solution.stats, self.options)
+
+
+def can_invert(layer: AbstractResidualLayer) -> bool:
+    return type(layer).invert is not AbstractResidualLayer.invert
 
 
 def check_residual_layer(
@@ -202,15 +223,6 @@ def solve_unknowns(
         scale=equation.scale(y),
         remedy="Pass a `z0` like `y`.",
     )
-
-
-def solve_step(
-    equation: StepEquation, y: PyTree[Array], options: SolveOptions
-) -> optx.Solution:
-    """The solution of a step, of which `value` is the new state."""
-    solution = solve_unknowns(equation, y, options)
-    value = equation.new_state(solution.value)
-    return finish(value, solution.result, solution.stats, options)
 
 
 def as_time(t: Any) -> Any:

@@ -20,6 +20,7 @@ from .base import (
     AbstractImplicitLayer,
     AbstractResidualLayer,
     as_time,
+    can_invert,
     check_scalar_step,
     differentiates_iterations,
 )
@@ -65,6 +66,11 @@ class ODEBlock(eqx.Module):
             raise TypeError(
                 "`layer` must be an `eqimplicit.AbstractResidualLayer`, for example an "
                 f"`eqimplicit.ThetaLayer`. Got {self.layer!r}."
+            )
+        if self.reversible and not can_invert(self.layer):
+            raise ValueError(
+                "A reversible block steps backwards, and a "
+                f"{type(self.layer).__name__} has no `invert`."
             )
         if self.parallel:
             check_parallel(self.layer)

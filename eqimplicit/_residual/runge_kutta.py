@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
 from .._layer.base import check_solve_arguments, SolveOptions
-from .._misc import as_state
 from .._parametrisation.untrained import untrained
 from .base import (
     AbstractImplicitLayer,
@@ -19,7 +18,6 @@ from .base import (
     explicit_solution,
     initial_guess,
     prepare,
-    solve_step,
     StepEquation,
 )
 from .tableau import ButcherTableau
@@ -160,7 +158,7 @@ def _equation(layer, y, t, args, z0, *, forwards):
 def _step(layer: RungeKuttaLayer, y, t, args, z0, *, forwards):
     equation = _equation(layer, y, t, args, z0, forwards=forwards)
     if not forwards or not layer.is_explicit:
-        return solve_step(equation, as_state(y), layer.options)
+        return layer.solve_equation(equation, y)
     slopes = _explicit_slopes(equation.cell, *equation.x)
     return explicit_solution(equation.new_state(slopes), layer.options)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
 from .._layer.base import check_solve_arguments, SolveOptions
-from .._misc import as_state, inexact
+from .._misc import inexact
 from .._parametrisation.untrained import untrained
 from .base import (
     AbstractImplicitLayer,
@@ -18,7 +18,6 @@ from .base import (
     explicit_solution,
     initial_guess,
     prepare,
-    solve_step,
     StepEquation,
 )
 
@@ -143,9 +142,7 @@ def _step(layer: ThetaLayer, y, t, args, z0, h, theta):
     if theta == 0:
         field, y = prepare(layer, y, t, args)
         return explicit_solution(add(y, h, field(t, y, args)), layer.options)
-    return solve_step(
-        _equation(layer, y, t, args, z0, h, theta), as_state(y), layer.options
-    )
+    return layer.solve_equation(_equation(layer, y, t, args, z0, h, theta), y)
 
 
 ThetaLayer.__init__.__doc__ = r"""**Arguments:**
