@@ -5,7 +5,8 @@ batch.
     python benchmarks/trajectories.py
 
 The field is a network of one hidden layer, the steps are those of the implicit midpoint
-rule, by Diffrax those of the implicit Euler method and of Kvaerno 3, to 1e-6.
+rule, by Diffrax those of the implicit Euler method and of Kvaerno 3 (by Newton's method
+to 1e-5: its own way does not find all of these steps).
 """
 
 import functools as ft
@@ -45,7 +46,7 @@ def block(num_steps: int, parallel: bool) -> Callable[[Field, Any], Any]:
 
 
 def by_diffrax(num_steps: int, solver: Any) -> Callable[[Field, Any], Any]:
-    root_finder = diffrax.VeryChord(rtol=1e-6, atol=1e-6, norm=optx.max_norm)
+    root_finder = optx.Newton(rtol=1e-5, atol=1e-5)
 
     def states(field, y0):
         return diffrax.diffeqsolve(
@@ -102,7 +103,7 @@ def compare(num_steps: int, size: int, batch: int, small: bool) -> list[Row]:
 
 
 def lengths(small: bool) -> list[Row]:
-    counts = (5, 10) if small else (20, 50, 200, 500, 2000)
+    counts = (5, 10) if small else (50, 200, 500, 2000)
     return [row for n in counts for row in compare(n, 2, 1, small)]
 
 
@@ -112,7 +113,7 @@ def batches(small: bool) -> list[Row]:
 
 
 def sizes(small: bool) -> list[Row]:
-    counts = (2, 4) if small else (1, 2, 3, 8, 16)
+    counts = (2, 4) if small else (1, 2, 3, 4, 8)
     return [row for n in counts for row in compare(5 if small else 200, n, 1, small)]
 
 

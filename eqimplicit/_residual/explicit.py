@@ -20,7 +20,7 @@ from .base import (
 )
 
 
-class _AbstractReversibleLayer(AbstractResidualLayer):
+class _AbstractExplicitLayer(AbstractResidualLayer):
     """A layer whose two-part state is stepped by formulas, forwards and backwards."""
 
     def __check_init__(self):
@@ -52,7 +52,7 @@ class _AbstractReversibleLayer(AbstractResidualLayer):
 
 
 @eqx.filter_jit
-def _apply(layer: _AbstractReversibleLayer, y, t, args, is_forwards):
+def _apply(layer: _AbstractExplicitLayer, y, t, args, is_forwards):
     name = type(layer).__name__
     if not isinstance(y, tuple) or len(y) != 2:
         raise ValueError(
@@ -66,7 +66,7 @@ def _apply(layer: _AbstractReversibleLayer, y, t, args, is_forwards):
     return explicit_solution(step(field, y, t, args), options)
 
 
-class VerletLayer(_AbstractReversibleLayer):
+class VerletLayer(_AbstractExplicitLayer):
     r"""An explicit, reversible layer: one step of the Verlet method for a partitioned
     field $\dot y = \Phi_1(t, z)$, $\dot z = \Phi_2(t, y)$,
 
@@ -115,7 +115,7 @@ class VerletLayer(_AbstractReversibleLayer):
         return add(y, h / 2, field(t + h, (y, z), args)[0]), z
 
 
-class RevNetLayer(_AbstractReversibleLayer):
+class RevNetLayer(_AbstractExplicitLayer):
     r"""The layer of a reversible residual network (RevNet), the symplectic Euler method
     for the field of a [`eqimplicit.VerletLayer`][]:
 
@@ -155,7 +155,7 @@ class RevNetLayer(_AbstractReversibleLayer):
         return add(y, -self.step_size, field(t, (y, z), args)[0]), z
 
 
-class LeapfrogLayer(_AbstractReversibleLayer):
+class LeapfrogLayer(_AbstractExplicitLayer):
     r"""An explicit, reversible layer for a field of second order, $\ddot y = F(t, y)$:
 
     $$y_{n+1} = 2 y_n - y_{n-1} + h^2 F(t_n, y_n)$$
@@ -195,7 +195,7 @@ class LeapfrogLayer(_AbstractReversibleLayer):
         return add(mirrored, self.step_size**2, field(t, current, args))
 
 
-class MidpointLayer(_AbstractReversibleLayer):
+class MidpointLayer(_AbstractExplicitLayer):
     r"""An explicit, reversible layer, the two-step midpoint method for
     $\dot y = F(t, y)$:
 

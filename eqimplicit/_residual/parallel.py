@@ -18,6 +18,7 @@ from .._linear_solver.neumann_series import NeumannSeries
 from .._linear_solver.recurrence import recur
 from .._linear_solver.small import apply, product, solve
 from .._misc import all_finite, num_unknowns, ravel
+from .._solver.as_fixed_point import is_rounding
 from .._solver.measure import measure
 from .base import AbstractImplicitLayer, AbstractResidualLayer, solve_unknowns
 from .path import Path
@@ -76,7 +77,9 @@ class _Step(eqx.Module):
         return ravel(self.equation(y).guess)[0]
 
     def errors(self, z, image, new_z, y):
-        """The residual, its error over the tolerance, and that of a step."""
+        """The residual, its error over the tolerance, that of a step, and whether the
+        step is lost in rounding.
+        """
         equation = self.equation(y)
         _, unravel = ravel(equation.guess)
         _, unravel_y = ravel(self.like)
@@ -84,7 +87,9 @@ class _Step(eqx.Module):
         solver, _ = self.layer.options.or_defaults(equation.guess, scale)
         z, image, new_z = unravel(z), unravel(image), unravel(new_z)
         measurement = measure(solver, z, image)
-        return measurement.residual, measurement.error, measure(solver, z, new_z).error
+        step_error = measure(solver, z, new_z).error
+        at_rest = is_rounding(z, new_z)
+        return measurement.residual, measurement.error, step_error, at_rest
 
 
 def _over_steps(inputs: ScanInputs, function: Any, *rows: Any) -> Any:
@@ -202,11 +207,12 @@ def _newton(inputs: ScanInputs, max_steps: int) -> _Newton:
         operator = lambda v: jtu.tree_map(jnp.negative, product(v))
         blocks = _blocks(operator, unknowns)
         new = jtu.tree_map(jnp.add, unknowns, blocks.solve(*change))
-        residual, error, step_error = measure_step(unknowns, change, new)
+        residual, error, step_error, at_rest = measure_step(unknowns, change, new)
         # As in `RootAsFixedPoint`: one short step is no proof, and the iterate after it
         # is the better one.
         contracted = step_error <= 0.5 * state.step_error
-        converged = (step_error < 1) & ((error < 1) | contracted)
+        at_rest = at_rest & (state.step_error < 1)
+        converged = (step_error < 1) & ((error < 1) | contracted | at_rest)
         return _Newton(new, residual, step_error, converged, state.num_steps + 1)
 
     def goes_on(state):
@@ -214,6 +220,7 @@ def _newton(inputs: ScanInputs, max_steps: int) -> _Newton:
         return ~jnp.all(state.converged) & finite & (state.num_steps < max_steps)
 
     zero = jnp.zeros_like(y[:, 0])
+    # Before the first step nothing has moved.
     start = _Newton(Unknowns(z, y), zero, zero, zero > 0, jnp.array(0))
     return lax.while_loop(goes_on, improve, start)
 

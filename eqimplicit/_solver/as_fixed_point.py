@@ -276,7 +276,7 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
         if self.judge_step:
             # One short step is no proof: on a steep part of `f` every step is short.
             contracted = step.error <= 0.5 * step.previous_error
-            at_rest = (step.previous_error < 1) & _is_rounding(step)
+            at_rest = (step.previous_error < 1) & is_rounding(step.start, step.end)
             converged = converged | (short & (contracted | at_rest))
         if self.refine:
             converged = converged & short
@@ -285,10 +285,11 @@ class RootAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
         return converged & finite, solution
 
 
-def _is_rounding(step: _Step) -> Bool[Array, ""]:
-    eps = float(jnp.finfo(state_dtype(step.end)).eps)
-    moved = two_norm(jtu.tree_map(jnp.subtract, step.end, step.start))
-    return moved <= eps * two_norm(step.end)
+def is_rounding(start: PyTree[Array], end: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether a step is lost in that of where it leads."""
+    eps = float(jnp.finfo(state_dtype(end)).eps)
+    moved = two_norm(jtu.tree_map(jnp.subtract, end, start))
+    return moved <= eps * two_norm(end)
 
 
 class MinimiserAsFixedPoint(_AbstractAsFixedPoint[Y, Aux]):
