@@ -122,10 +122,12 @@ AXES = {"lengths": "steps", "batches": "batch", "sizes": "unknowns"}
 
 
 def draw(results, figure):
-    for axes, (title, rows) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items()
-    ):
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (title, rows) in zip(panels, results.items()):
         draw_lines(axes, rows, AXES[title], "ms", lambda row: row["method"])
+        values = sorted({row[AXES[title]] for row in rows})
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from .helpers import matrix_of_norm, relative_error, SOLVERS
 
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
+SLOW_DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.slow if jnp.finfo(dtype).bits < 32 else ())
+    for dtype in DTYPES
+]
 
 
 class Cell(eqx.Module):
@@ -38,7 +42,7 @@ def eps_of(dtype):
 # Tolerances
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 def test_a_layer_with_defaults_is_right_to_its_precision(dtype, getkey):
     """Value and gradient, of most of a batch of contractions, against float64."""
     weight = matrix_of_norm(getkey(), 20, 0.8)
@@ -69,7 +73,7 @@ def test_a_layer_with_defaults_is_right_to_its_precision(dtype, getkey):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize("size", (3, pytest.param(100, marks=pytest.mark.slow)))
 def test_a_residual_layer_with_defaults_is_right_to_its_precision(dtype, size, getkey):
     matrix = matrix_of_norm(getkey(), size, 2.0)

@@ -89,6 +89,7 @@ def test_no_contraction_is_refused(getkey):
         eqi.FPResNet(field, 3, tolerance=0.0)
 
 
+@pytest.mark.slow
 def test_layers_of_their_own(getkey):
     fields = eqx.filter_vmap(_field)(jr.split(getkey(), 3))
     net = eqi.FPResNet(fields, 3, tolerance=1e-10, stacked=True)

@@ -246,6 +246,7 @@ def test_lipschitz_constant_of_linear_layers(getkey):
     assert jnp.allclose(block, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_total_variation_is_that_of_what_is_trained(getkey):
     key = getkey()
 
