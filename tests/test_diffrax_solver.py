@@ -334,10 +334,11 @@ def test_what_is_refused():
         eqi.diffrax_solver(diffrax.Tsit5())  # pyright: ignore
 
 
-def test_a_step_that_is_not_found_is_made_again():
+@pytest.mark.parametrize("throw", (False, True))
+def test_a_step_that_is_not_found_is_made_again(throw):
     """The field has no value beyond one, where the first step would lead."""
     field = lambda t, y, args: jnp.sqrt(1 - y) + 0 * t
-    solver = eqi.diffrax_solver(SCHEMES["Radau 3"][0](unused))
+    solver = eqi.diffrax_solver(SCHEMES["Radau 3"][0](unused, throw=throw))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,

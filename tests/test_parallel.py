@@ -12,7 +12,7 @@ import eqimplicit as eqi
 from eqimplicit._linear_solver.recurrence import recur
 from eqimplicit._linear_solver.small import solve
 
-from .helpers import relative_error, slow_but
+from .helpers import directional_difference, relative_error, slow_but
 from .test_block_properties import PRECISIONS, SCHEMES, TIGHT
 from .test_times import cast, IS_STILL, make_field, SIZE, TIMES, weighted_sum
 
@@ -214,3 +214,69 @@ def test_what_is_refused():
     block = eqi.ODEBlock(eqi.ThetaLayer(field), 3, parallel=True)
     with pytest.raises(ValueError, match="at most 64 unknowns. Got 65"):
         block(jnp.ones(65))
+
+
+@pytest.mark.parametrize("parallel", (False, True))
+def test_a_field_may_close_over_what_is_differentiated(parallel):
+    def loss(rate):
+        layer = eqi.ThetaLayer(lambda t, y, args: -rate * jnp.sin(y), step_size=0.1)
+        return jnp.sum(eqi.ODEBlock(layer, 10, parallel=parallel)(jnp.ones(2)))
+
+    rate = jnp.array(0.7)
+    gradient, second = jax.jit(lambda p: (jax.grad(loss)(p), jax.hessian(loss)(p)))(
+        rate
+    )
+    expected = directional_difference(jax.jit(loss), rate, jnp.ones(()), step=1e-3)
+    assert jnp.allclose(gradient, expected, rtol=1e-9)
+    assert jnp.allclose(jax.grad(loss)(rate), gradient, rtol=1e-12)
+    assert jnp.allclose(jax.jacfwd(loss)(rate), gradient, rtol=1e-12)
+    difference = directional_difference(
+        jax.jit(jax.grad(loss)), rate, jnp.ones(()), 1e-3
+    )
+    assert jnp.allclose(second, difference, rtol=1e-8)
+
+
+def test_a_loose_tolerance_is_not_met_by_the_first_guess():
+    """From one state for all steps, each step may look short."""
+    solver = eqi.RootAsFixedPoint(optx.Newton(1e-2, 1e-2), True, True)
+    field = lambda t, y, args: 1e-3 * y * (1 - y)
+    layer = make("Gauss 2", field, 10.0, solver=solver)
+    in_turn, at_once = (
+        eqx.filter_jit(block)(jnp.array([0.1])) for block in blocks(layer, 500)
+    )
+    assert jnp.allclose(in_turn, at_once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", (2, 5))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_half_precision(dtype, size):
+    layer = eqi.ThetaLayer(lambda t, y, args: -y, step_size=0.1)
+    solution = eqx.filter_jit(blocks(layer, 10)[1].solve)(jnp.ones(size, dtype))
+    assert solution.value.dtype == dtype
+    expected = (0.95 / 1.05) ** jnp.arange(11.0)
+    eps = float(jnp.finfo(dtype).eps)
+    states = solution.value.astype(jnp.float64)
+    assert jnp.allclose(states, expected[:, None], atol=8 * eps)
+
+
+def test_one_time_and_solvers_without_a_residual():
+    layer = eqi.ThetaLayer(
+        lambda t, y, args: -y,
+        solver=optx.FixedPointIteration(1e-6, 1e-6),
+        step_size=0.1,
+    )
+    block = blocks(layer, 10)[1]
+    y0 = jnp.ones(2)
+    assert jnp.array_equal(block.trajectory(y0, ts=jnp.array([0.3])), y0[None])
+    assert jnp.allclose(block(y0), (0.95 / 1.05) ** 10, rtol=1e-5)
+
+
+def test_a_step_of_nothing_where_the_field_has_no_value():
+    field = lambda t, y, args: -y + jnp.where(t == 0.2, jnp.nan, 0.0)
+    ts = jnp.array([0.0, 0.1, 0.2, 0.2, 0.35])
+    values = [
+        block.solve(jnp.ones(1), ts=ts).value
+        for block in blocks(eqi.ThetaLayer(field), 1)
+    ]
+    assert jnp.all(jnp.isfinite(values[0]))
+    assert jnp.allclose(values[0], values[1], rtol=1e-6)

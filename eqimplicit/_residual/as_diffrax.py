@@ -74,6 +74,7 @@ class _Step(NamedTuple):
 
     layer: AbstractResidualLayer
     t0: Any
+    t1: Any
     y0: PyTree[Array]
     slope0: PyTree[Array]
     args: PyTree[Any]
@@ -83,7 +84,9 @@ class _Step(NamedTuple):
         return self.layer.step_size
 
     def slope(self, share, y):
-        return self.layer.vector_field(self.t0 + share * self.length, y, self.args)
+        # At the end it must be the same number, on the same side of a jump.
+        t = self.t1 if share == 1 else self.t0 + share * self.length
+        return self.layer.vector_field(t, y, self.args)
 
     def advance(self, weights, slopes):
         """Adds stacked slopes, as many times over as the weights say."""
@@ -288,7 +291,7 @@ class AbstractLayerSolver(diffrax.AbstractAdaptiveSolver):
             self.layer,
             (field, length),
         )
-        step = _Step(layer, t0, y0, slope0, args)
+        step = _Step(layer, t0, t1, y0, slope0, args)
         y1, slopes, result = self.solve(step)
         slope1, error, dense = self.dense_output.finish(step, y1, slopes)
         error = lax.stop_gradient(_filter(step, self.dense_output, error))
@@ -320,7 +323,7 @@ class LayerSolver(AbstractLayerSolver):
 
     def solve(self, step):
         layer = step.layer
-        if isinstance(layer, AbstractImplicitLayer) and self.dense_output.needs_stages:
+        if isinstance(layer, AbstractImplicitLayer) and not layer.is_explicit:
             equation = layer.equation(step.y0, step.t0, step.args)
             return _solve(equation, step.y0, layer.options)
         solution = layer.solve(step.y0, step.t0, step.args)
@@ -361,5 +364,7 @@ class NewtonLayerSolver(AbstractLayerSolver, diffrax.AbstractImplicitSolver):
 
 
 def _solve(equation: StepEquation, y0: PyTree[Array], options: SolveOptions):
+    # Where a step is not found, Diffrax says what to do.
+    options = dataclasses.replace(options, throw=False)
     solution = solve_unknowns(equation, y0, options)
     return equation.new_state(solution.value), solution.value, solution.result

@@ -258,8 +258,8 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     64 unknowns, whose `adjoint` is exact, and states of a few unknowns: work and memory
     grow with the cube and the square of their number, for each step. On stable fields
     five or six iterations do, whatever `num_steps`; where the whole trajectory is not
-    found in 20, as on chaotic fields, the steps are made one after the other (in
-    `stats`, `in_parallel` tells, and `num_steps` are the iterations).
+    found in 20, as on chaotic and on very stiff fields, the steps are made one after
+    the other (in `stats`, `in_parallel` tells, and `num_steps` are the iterations).
 
 **Raises:** a `ValueError` if `num_steps` is below 1 or does not fit the arrays of
 stacked layers, for a `parallel` block that is `reversible` or whose layer solves no
@@ -318,7 +318,7 @@ def _call(block, go, y0, t0, steps, args):
 @eqx.filter_jit
 def _solve(block, y0, t0, steps, args):
     inputs = _inputs(block, y0, t0, steps, args)
-    if block.parallel:
+    if block.parallel and len(inputs.steps.starts) > 0:
         solution = run_in_parallel(inputs)
     else:
         _, solution = scan(inputs, lambda solution: solution)

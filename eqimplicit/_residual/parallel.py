@@ -1,5 +1,6 @@
 """The steps of a block, all at once: Newton's method on the whole trajectory."""
 
+import functools as ft
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,13 +18,13 @@ from .._layer.defaults import is_small
 from .._linear_solver.neumann_series import NeumannSeries
 from .._linear_solver.recurrence import recur
 from .._linear_solver.small import apply, product, solve
-from .._misc import all_finite, num_unknowns, ravel
+from .._misc import accumulation_dtype, all_finite, num_unknowns, ravel, two_norm
 from .._solver.as_fixed_point import is_rounding
 from .._solver.measure import measure
 from .base import AbstractImplicitLayer, AbstractResidualLayer, solve_unknowns
 from .path import Path
 from .sequential import ScanInputs
-from .times import replace_where, with_step_size
+from .times import replace_where, stay_if_still, with_step_size
 
 
 # Newton's method takes five or six steps where it is of use at all.
@@ -76,20 +77,27 @@ class _Step(eqx.Module):
     def guess(self, y):
         return ravel(self.equation(y).guess)[0]
 
-    def errors(self, z, image, new_z, y):
-        """The residual, its error over the tolerance, that of a step, and whether the
-        step is lost in rounding.
+    def judge(self, z, image, new_z, y, new_y):
+        """The residual, and whether it meets its tolerance; over their tolerances the
+        larger of the steps of the unknowns and of the new state; and whether both are
+        lost in rounding.
         """
-        equation = self.equation(y)
+        (old, after), (_, unravel_y) = y, ravel(self.like)
+        equation = self.equation(old)
         _, unravel = ravel(equation.guess)
-        _, unravel_y = ravel(self.like)
-        scale = equation.scale(unravel_y(y))
-        solver, _ = self.layer.options.or_defaults(equation.guess, scale)
-        z, image, new_z = unravel(z), unravel(image), unravel(new_z)
-        measurement = measure(solver, z, image)
-        step_error = measure(solver, z, new_z).error
-        at_rest = is_rounding(z, new_z)
-        return measurement.residual, measurement.error, step_error, at_rest
+        size, steps = unravel_y(old), []
+        for before, then, scale in (
+            (unravel(z), unravel(new_z), equation.scale(size)),
+            (unravel_y(after), unravel_y(new_y), size),
+        ):
+            solver, _ = self.layer.options.or_defaults(before, scale)
+            error = measure(solver, before, then).error
+            steps.append((error, is_rounding(before, then)))
+        solver, _ = self.layer.options.or_defaults(equation.guess, equation.scale(size))
+        measured = measure(solver, unravel(z), unravel(image))
+        (error_z, rests_z), (error_y, rests_y) = steps
+        error, at_rest = jnp.maximum(error_z, error_y), rests_z & rests_y
+        return measured.residual, measured.converged, error, at_rest
 
 
 def _over_steps(inputs: ScanInputs, function: Any, *rows: Any) -> Any:
@@ -106,13 +114,11 @@ def _over_steps(inputs: ScanInputs, function: Any, *rows: Any) -> Any:
 
 def _previous(inputs: ScanInputs, y: Array) -> Array:
     start, _ = ravel(inputs.y0)
-    return jnp.concatenate([start[None], y[:-1]])
+    return jnp.concatenate([start[None], y])[:-1]
 
 
-def _change(unknowns: Unknowns, residual: Any, inputs: Any) -> Unknowns:
+def _change(unknowns: Unknowns, inputs: ScanInputs) -> Unknowns:
     """How far all unknowns are from their images."""
-    del residual
-    inputs, _ = inputs
     z, y = _over_steps(
         inputs, lambda step, z, y: step(z, y), unknowns.z, _previous(inputs, unknowns.y)
     )
@@ -132,19 +138,25 @@ class _Blocks(NamedTuple):
 
     def solve(self, p: Array, q: Array) -> Unknowns:
         """The unknowns of which the operator is `(p, q)`."""
+        dtype = p.dtype
+        p, q = p.astype(self.pivot.dtype), q.astype(self.pivot.dtype)
         own = solve(self.pivot, p[..., None])[..., 0]
         y = recur(self.propagate, q + apply(self.advance, own))
         before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
-        return Unknowns(own + apply(self.follow, before), y)
+        z = own + apply(self.follow, before)
+        return Unknowns(z.astype(dtype), y.astype(dtype))
 
     def solve_transposed(self, p: Array, q: Array) -> Unknowns:
+        dtype = p.dtype
+        p, q = p.astype(self.pivot.dtype), q.astype(self.pivot.dtype)
         transpose = lambda matrices: jnp.swapaxes(matrices, -1, -2)
         # What the next step makes of this one's state.
         later = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
         q = q + later(apply(transpose(self.follow), p))
         v = recur(later(transpose(self.propagate)), q, reverse=True)
         p = p + apply(transpose(self.advance), v)
-        return Unknowns(solve(transpose(self.pivot), p[..., None])[..., 0], v)
+        z = solve(transpose(self.pivot), p[..., None])[..., 0]
+        return Unknowns(z.astype(dtype), v.astype(dtype))
 
 
 def _blocks(operator: Any, like: Unknowns) -> _Blocks:
@@ -160,6 +172,9 @@ def _blocks(operator: Any, like: Unknowns) -> _Blocks:
         return operator(Unknowns(rows[:, :num_unknowns], rows[:, num_unknowns:]))
 
     columns = jax.vmap(column, out_axes=-1)(jnp.arange(num_unknowns + size))
+    # There is no factorisation of a matrix in half precision.
+    dtype = accumulation_dtype(like.z.dtype)
+    columns = jtu.tree_map(lambda x: x.astype(dtype), columns)
     pivot, minus_follow = jnp.split(columns.z, [num_unknowns], axis=-1)
     minus_advance, rest = jnp.split(columns.y, [num_unknowns], axis=-1)
     follow = solve(pivot, -minus_follow)
@@ -184,7 +199,7 @@ def _linear_solve(operator: Any, vector: Unknowns) -> Unknowns:
 class _Newton(NamedTuple):
     unknowns: Unknowns
     residual: Float[Array, " steps"]
-    step_error: Float[Array, " steps"]
+    error: Float[Array, " steps"]
     converged: Bool[Array, " steps"]
     num_steps: Int[Array, ""]
 
@@ -195,31 +210,30 @@ def _newton(inputs: ScanInputs, max_steps: int) -> _Newton:
     y = jnp.broadcast_to(y0, (num_steps, *y0.shape))
     z = _over_steps(inputs, lambda step, y: step.guess(y), y)
 
-    def measure_step(unknowns, change, new):
-        rows = unknowns.z, unknowns.z + change.z, new.z, _previous(inputs, unknowns.y)
-        return _over_steps(inputs, lambda step, *row: step.errors(*row), *rows)
+    def judge(unknowns, change, new):
+        before = _previous(inputs, unknowns.y)
+        rows = unknowns.z, unknowns.z + change.z, new.z, (before, unknowns.y), new.y
+        return _over_steps(inputs, lambda step, *row: step.judge(*row), *rows)
 
     def improve(state):
         unknowns = state.unknowns
-        change, product = jax.linearize(
-            lambda u: _change(u, None, (inputs, None)), unknowns
-        )
+        change, product = jax.linearize(lambda u: _change(u, inputs), unknowns)
         operator = lambda v: jtu.tree_map(jnp.negative, product(v))
         blocks = _blocks(operator, unknowns)
         new = jtu.tree_map(jnp.add, unknowns, blocks.solve(*change))
-        residual, error, step_error, at_rest = measure_step(unknowns, change, new)
-        # As in `RootAsFixedPoint`: one short step is no proof, and the iterate after it
-        # is the better one.
-        contracted = step_error <= 0.5 * state.step_error
-        at_rest = at_rest & (state.step_error < 1)
-        converged = (step_error < 1) & ((error < 1) | contracted | at_rest)
-        return _Newton(new, residual, step_error, converged, state.num_steps + 1)
+        residual, is_solved, error, at_rest = judge(unknowns, change, new)
+        # As in `RootAsFixedPoint` one short step is no proof, and less so from a guess
+        # that is the same for all steps; and the iterate after it is the better one.
+        contracted = error <= 0.5 * state.error
+        again = (state.error < 1) & (is_solved & (state.num_steps > 0) | at_rest)
+        converged = (error < 1) & (contracted | again)
+        return _Newton(new, residual, error, converged, state.num_steps + 1)
 
     def goes_on(state):
         finite = jnp.all(jnp.isfinite(state.residual))
         return ~jnp.all(state.converged) & finite & (state.num_steps < max_steps)
 
-    zero = jnp.zeros_like(y[:, 0])
+    zero = jnp.zeros_like(y[:, 0], accumulation_dtype(y.dtype))
     # Before the first step nothing has moved.
     start = _Newton(Unknowns(z, y), zero, zero, zero > 0, jnp.array(0))
     return lax.while_loop(goes_on, improve, start)
@@ -245,15 +259,22 @@ def _one_by_one(inputs: ScanInputs, start: _Newton) -> tuple[Unknowns, dict[str,
         layer: Any = with_step_size(eqx.combine(own, shared), length)
         equation = layer.equation(path.y, t, args, path.extrapolate(length))
         solution = solve_unknowns(equation, path.y, layer.options)
-        y = equation.new_state(solution.value)
+        z = ravel(solution.value)[0]
+        image = equation.cell(solution.value, equation.x)
+        residual = two_norm(jtu.tree_map(jnp.subtract, image, solution.value))
+        solution = eqx.tree_at(
+            lambda s: s.value, solution, equation.new_state(solution.value)
+        )
+        solution = stay_if_still(solution, path.y, length)
+        y = solution.value
         unknowns = Unknowns(
-            unknowns.z.at[k].set(ravel(solution.value)[0]),
+            unknowns.z.at[k].set(z),
             unknowns.y.at[k].set(ravel(y)[0]),
         )
         found = (solution.result == optx.RESULTS.successful) & all_finite(y)
         new = {
             "num_steps": solution.stats["num_steps"],
-            "residual": solution.stats["residual"],
+            "residual": solution.stats.get("residual", residual),
             "found": found,
         }
         stats = {key: stats[key].at[k].set(new[key]) for key in stats}
@@ -282,12 +303,30 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
         )
 
     def primal(inputs):
-        inputs, _ = inputs
         newton = _newton(inputs, min(options.max_steps, _MAX_STEPS))
         return _one_by_one(inputs, newton)
 
+    # What the field closes over may be differentiated as well. (Equinox believes that a
+    # plain function closes over nothing, but its arguments do.)
+    primal = eqx.filter_closure_convert(primal, inputs)
+    structure, _ = eqx.filter_eval_shape(primal, inputs)
+    change = eqx.filter_closure_convert(ft.partial(_change), structure, inputs)
+
+    def solve(everything):
+        primal, _, inputs = everything[0]
+        return primal(inputs)
+
+    def rewrite(unknowns, residual, everything):
+        _, change, inputs = everything[0]
+        return change(unknowns, inputs)
+
     unknowns, stats = apply_implicit_rule(
-        ImplicitAdjoint(), primal, _change, (inputs,), _linear_solve, exact=True
+        ImplicitAdjoint(),
+        solve,
+        rewrite,
+        ((primal, change, inputs),),
+        _linear_solve,
+        exact=True,
     )
     y = _keep_still(inputs, unknowns.y)
     _, unravel = ravel(inputs.y0)
