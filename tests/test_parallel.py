@@ -247,6 +247,7 @@ def test_a_loose_tolerance_is_not_met_by_the_first_guess():
     assert jnp.allclose(in_turn, at_once, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", (2, 5))
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_half_precision(dtype, size):

@@ -257,7 +257,7 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     equation ([`eqimplicit.ThetaLayer`][], [`eqimplicit.RungeKuttaLayer`][]) of at most
     64 unknowns, whose `adjoint` is exact, and states of a few unknowns: work and memory
     grow with the cube and the square of their number, for each step. On stable fields
-    five or six iterations do, whatever `num_steps`; where the whole trajectory is not
+    five to seven iterations do, whatever `num_steps`; where the whole trajectory is not
     found in 20, as on chaotic and on very stiff fields, the steps are made one after
     the other (in `stats`, `in_parallel` tells, and `num_steps` are the iterations).
 
