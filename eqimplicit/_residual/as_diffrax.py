@@ -88,12 +88,10 @@ class _Step(NamedTuple):
         t = self.t1 if share == 1 else self.t0 + share * self.length
         return self.layer.vector_field(t, y, self.args)
 
-    def advance(self, weights, slopes):
-        """Adds stacked slopes, as many times over as the weights say."""
-        return _advance(self.y0, self.length, weights, slopes)
-
 
 def _advance(y, length, weights, slopes):
+    """Adds stacked slopes, as many times over as the weights say."""
+
     def at(leaf, slope):
         weighted = jnp.tensordot(jnp.asarray(weights, leaf.dtype), slope, axes=1)
         return leaf + jnp.asarray(length, leaf.dtype) * weighted
@@ -104,7 +102,6 @@ def _advance(y, length, weights, slopes):
 class AbstractDenseOutput(eqx.Module):
     """What a solved step tells besides its end.
 
-    - `needs_stages`: whether it is made of the slopes of the stages.
     - `error_order`: with which power of the step the estimate of the error shrinks.
     - `gamma`, `num_filters`: how often the error is divided by `I - h gamma J`, which
         takes out of it what a stiff field makes of it: once for each evaluation of the
@@ -112,7 +109,6 @@ class AbstractDenseOutput(eqx.Module):
     - `interpolation_cls`: a local interpolation of Diffrax.
     """
 
-    needs_stages: eqx.AbstractClassVar[bool]
     num_filters: eqx.AbstractClassVar[int]
 
     @property
@@ -164,7 +160,6 @@ class OfStages(AbstractDenseOutput):
     tableau: ButcherTableau = eqx.field(static=True)
     weights: ErrorWeights = eqx.field(static=True)
 
-    needs_stages: ClassVar[bool] = True
     num_filters: ClassVar[int] = 1
 
     @property
@@ -209,7 +204,6 @@ class OfEnds(AbstractDenseOutput):
     order: int = eqx.field(static=True)
     theta: float = eqx.field(static=True)
 
-    needs_stages: ClassVar[bool] = False
     num_filters: ClassVar[int] = 2
 
     @property

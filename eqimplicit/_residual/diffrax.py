@@ -66,10 +66,9 @@ def diffrax_solver(layer: AbstractResidualLayer) -> "diffrax.AbstractSolver":
         ```
 
     Costs, besides the solve, the Jacobian and a factorisation (more than 64 unknowns:
-    GMRES) for the estimate, and evaluations of $F$, of which the
-    last serves the next step: none with stages of which the last is the new state
-    (Radau IIA, SDIRK), one with others, two by Simpson's rule. The estimate has no
-    derivative.
+    GMRES) for the estimate, and evaluations of $F$, of which the last serves the next
+    step: none with stages of which the last is the new state (Radau IIA, SDIRK), one
+    with others, two by Simpson's rule. The estimate has no derivative.
 
     **Arguments:**
 

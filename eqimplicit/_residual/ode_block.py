@@ -251,13 +251,14 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     mode only, of the first order, and with respect to the block, `y0`, `t0` and `args`:
     what the vector field closes over must not be traced.
 - `parallel`: whether all steps are solved at once, by Newton's method on the whole
-    trajectory, of which each iteration is a linear recurrence that is solved by an
-    associative scan, as the gradient is. The values and derivatives are those of one
-    step after the other, to the tolerance of the layer. For layers that solve an
-    equation ([`eqimplicit.ThetaLayer`][], [`eqimplicit.RungeKuttaLayer`][]) of at most
-    64 unknowns, whose `adjoint` is exact, and states of a few unknowns: work and memory
-    grow with the cube and the square of their number, for each step. On stable fields
-    five to seven iterations do, whatever `num_steps`; where the whole trajectory is not
+    trajectory, of which each iteration is a linear recurrence, as the gradient is; it
+    is solved by an associative scan, on the CPU by a loop. The values and derivatives
+    are those of one step after the other, to the tolerance of the layer. For layers
+    that solve an equation ([`eqimplicit.ThetaLayer`][],
+    [`eqimplicit.RungeKuttaLayer`][]) of at most 64 unknowns, whose `adjoint` is exact
+    (how that solves is not used), and states of a few unknowns: work and memory grow
+    with the cube and the square of their number, for each step. On stable fields five
+    to seven iterations do, whatever `num_steps`; where the whole trajectory is not
     found in 20, as on chaotic and on very stiff fields, the steps are made one after
     the other (in `stats`, `in_parallel` tells, and `num_steps` are the iterations).
 

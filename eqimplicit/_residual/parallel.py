@@ -27,7 +27,7 @@ from .sequential import ScanInputs
 from .times import replace_where, stay_if_still, with_step_size
 
 
-# Newton's method takes five or six steps where it is of use at all.
+# Newton's method takes five to seven steps where it is of use at all.
 _MAX_STEPS = 20
 
 
@@ -63,9 +63,9 @@ class _Step(eqx.Module):
     args: PyTree[Any]
     like: PyTree[Array]
 
-    def equation(self, y, z0=None):
+    def equation(self, y):
         _, unravel = ravel(self.like)
-        return self.layer.equation(unravel(y), self.t, self.args, z0)
+        return self.layer.equation(unravel(y), self.t, self.args)
 
     def __call__(self, z, y):
         """The images of the unknowns, and the new state, given the old one."""
