@@ -354,6 +354,12 @@ def test_a_clock_that_counts_from_far_away(default_configuration):
     seconds = np.int64(1_700_000_000) + np.arange(6)
     states = block.trajectory(jnp.ones(1), ts=seconds)
     assert jnp.allclose(states[1:, 0], (1 / 3) ** jnp.arange(1.0, 6.0), rtol=1e-5)
+    for penalty in (eqi.trajectory_penalty, eqi.kinetic_penalty):
+        of = lambda ts: penalty(
+            block, states, ts=ts, key=jr.key(0), jacobian_weight=1.0
+        )
+        assert jnp.allclose(of(seconds), of(np.arange(6.0)), rtol=1e-5)
+        assert of(seconds) > 0
 
 
 def test_penalties_of_padded_series(getkey):

@@ -18,6 +18,7 @@ from .._misc import (
 from .._parametrisation.bounded import BoundedSpectrum
 from .._parametrisation.spectral_norm import SpectralNorm
 from .._residual.ode_block import ODEBlock
+from .._residual.times import elapsed
 from .base import divergence_and_frobenius, jacobian_frobenius
 
 
@@ -120,7 +121,7 @@ def trajectory_penalty(
     **Raises:** a `ValueError` if the trajectory has not `num_steps + 1` states, or
     those of `ts`.
     """
-    times, states = _times_and_states(block, trajectory, t0, ts, detach)
+    times, states, clock = _times_and_states(block, trajectory, t0, ts, detach)
     steps, size = len(times) - 1, ravel(jtu.tree_map(lambda x: x[0], states))[0].size
 
     def at(t, y, key):
@@ -137,10 +138,9 @@ def trajectory_penalty(
         if ts is None:
             passed = jnp.linspace(0, 1, steps + 1, dtype=dtype)
         else:
-            whole = times[-1] - times[0]
+            whole = clock[-1]
             # No time at all has no mean, and no penalty.
-            passed = (times - times[0]) / jnp.where(whole == 0, 1, whole)
-            passed = passed.astype(dtype)
+            passed = (clock / jnp.where(whole == 0, 1, whole)).astype(dtype)
         growth = passed**power
         values = (
             jnp.asarray(divergence_weight, dtype) / size * growth * traces
@@ -201,7 +201,7 @@ def kinetic_penalty(
         }
         ```
     """
-    times, states = _times_and_states(block, trajectory, t0, ts, detach)
+    times, states, clock = _times_and_states(block, trajectory, t0, ts, detach)
 
     def at(t, y, key):
         field = _field(block, t, args, t0, ts)
@@ -216,7 +216,7 @@ def kinetic_penalty(
         return kinetic + jnp.asarray(jacobian_weight, dtype) * square
 
     values = jax.vmap(at)(times, states, jr.split(key, len(times)))
-    return jnp.trapezoid(values, times.astype(values.dtype))
+    return jnp.trapezoid(values, clock.astype(values.dtype))
 
 
 def total_derivative(
@@ -275,7 +275,8 @@ def _times_and_states(block, trajectory, t0, ts, detach):
             f"many as there are times. Got {sorted(lengths)}. For a batch of "
             "trajectories, use `jax.vmap`."
         )
-    return times, lax.stop_gradient(trajectory) if detach else trajectory
+    states = lax.stop_gradient(trajectory) if detach else trajectory
+    return times, states, times if ts is None else elapsed(ts).astype(dtype)
 
 
 def _field(block, t, args, t0, ts):

@@ -70,6 +70,12 @@ def steps_between(ts: np.ndarray | Array) -> Steps:
     return Steps(jnp.asarray(ts[:-1]), lengths)
 
 
+def elapsed(ts: Any) -> Float[Array, " times"]:
+    """The time since the first one, also of clocks that count from far away."""
+    lengths = jnp.asarray(steps_between(check_times(ts)).lengths)
+    return jnp.concatenate([jnp.zeros_like(lengths, shape=(1,)), jnp.cumsum(lengths)])
+
+
 def with_step_size(
     layer: AbstractResidualLayer, length: Float[Array, ""] | None
 ) -> AbstractResidualLayer:
