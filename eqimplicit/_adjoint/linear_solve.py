@@ -1,4 +1,5 @@
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,7 +27,10 @@ class LinearSolve(eqx.Module):
     tags: frozenset[object]
     throw: bool
 
-    def __call__(self, operator: LinearMap, vector: PyTree[Array]) -> PyTree[Array]:
+    def __call__(
+        self, operator: LinearMap, vector: PyTree[Array], point: Any = None
+    ) -> PyTree[Array]:
+        del point
         flat, unravel = ravel(vector)
         solution = lax.custom_linear_solve(
             lambda v: ravel(operator(unravel(v)))[0],

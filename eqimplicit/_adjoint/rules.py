@@ -44,12 +44,13 @@ def apply_implicit_rule(
     primal_fn: Callable,
     rewrite_fn: Callable,
     inputs: tuple[Any, ...],
-    linear_solve: Callable[[LinearMap, PyTree[Array]], PyTree[Array]],
+    linear_solve: Callable[[LinearMap, PyTree[Array], Any], PyTree[Array]],
     *,
     exact: bool,
 ) -> tuple[PyTree[Array], PyTree[Any]]:
     r"""Gives the solution the tangent $S \, \partial f / \partial \theta \,
-    \dot\theta$, where `linear_solve` applies $S \approx (I - J)^{-1}$.
+    \dot\theta$, where `linear_solve` applies $S \approx (I - J)^{-1}$, given
+    the product with $I - J$, a vector, and the solution, its residual and the inputs.
 
     `exact` says that $S$ is that inverse, so that derivatives of the derivative are
     true; otherwise they are refused.
@@ -143,5 +144,5 @@ def _implicit_jvp(primals, tangents):
     )
     _, minus_operator = jax.linearize(lambda z: rewrite_fn(z, residual, inputs), root)
     operator = lambda v: jtu.tree_map(jnp.negative, minus_operator(v))
-    t_root = linear_solve(operator, t_image)
+    t_root = linear_solve(operator, t_image, (root, residual, inputs))
     return out, (t_root, jtu.tree_map(lambda _: None, residual))

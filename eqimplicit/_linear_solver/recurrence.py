@@ -6,10 +6,10 @@ from .small import apply, product
 
 
 def recur(
-    matrices: Float[Array, "steps n n"],
-    vectors: Float[Array, "steps n"],
+    matrices: Float[Array, "steps *batch n n"],
+    vectors: Float[Array, "steps *batch n"],
     reverse: bool = False,
-) -> Float[Array, "steps n"]:
+) -> Float[Array, "steps *batch n"]:
     """The solution of `y[k] = matrices[k] @ y[k - 1] + vectors[k]` from `y[-1] = 0`, or
     backwards of `y[k] = matrices[k] @ y[k + 1] + vectors[k]`.
 

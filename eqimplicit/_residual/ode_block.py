@@ -255,21 +255,30 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     is solved by an associative scan, on the CPU by a loop. The values and derivatives
     are those of one step after the other, to the tolerance of the layer. For layers
     that solve an equation ([`eqimplicit.ThetaLayer`][],
-    [`eqimplicit.RungeKuttaLayer`][]) of at most 64 unknowns, whose `adjoint` is exact
-    (how that solves is not used), and states of a few unknowns: work and memory grow
-    with the cube and the square of their number, for each step. On stable fields five
-    to seven iterations do, whatever `num_steps`; where the whole trajectory is not
-    found in 20, as on chaotic and on very stiff fields, the steps are made one after
-    the other (in `stats`, `in_parallel` tells, and `num_steps` are the iterations).
+    [`eqimplicit.RungeKuttaLayer`][]), whose `adjoint` is exact (of it, `throw` is
+    used). On stable fields five to seven iterations do, whatever `num_steps`; where the
+    whole trajectory is not found in 20, as on chaotic and on very stiff fields, the
+    steps are made one after the other (in `stats`, `in_parallel` tells, and `num_steps`
+    are the iterations).
+
+    States of up to 64 unknowns have their Jacobian, by a product for each: work and
+    memory grow with the cube and the square of their number, for each step. Larger ones
+    have GMRES on the whole trajectory, with memory for 24 of them, preconditioned with
+    the recurrences of their components, whose diagonal Jacobian is estimated by 8
+    products (4 more for each stage beyond the first): for processors of many cores, and
+    fields whose unknowns depend more on themselves than on the sum of the others. A
+    gradient that GMRES does not find is found one step after the other, too.
 
 **Raises:** a `ValueError` if `num_steps` is below 1 or does not fit the arrays of
 stacked layers, for a `parallel` block that is `reversible` or whose layer solves no
-equation or has another adjoint, and when that is called for too many unknowns; a
+equation or has another adjoint; when called for more than 64 unknowns, if the equation
+of the layer is for something else than a state, or several along a leading axis; a
 `TypeError` if `layer` is no such layer.
 
 ??? cite "References"
 
-    The parallel block is DEER:
+    The parallel block is DEER, and for large states close to its quasi-Newton variant,
+    whose diagonal Jacobians precondition here:
 
     ```bibtex
     @inproceedings{lim2024parallelizing,
@@ -277,6 +286,14 @@ equation or has another adjoint, and when that is called for too many unknowns; 
                   Firmansyah},
         title = {Parallelizing Non-Linear Sequential Models over the Sequence Length},
         booktitle = {International Conference on Learning Representations},
+        year = {2024},
+    }
+
+    @inproceedings{gonzalez2024scalable,
+        author = {Gonzalez, Xavier and Warrington, Andrew and Smith, Jimmy T. H. and
+                  Linderman, Scott W.},
+        title = {Towards Scalable and Stable Parallelization of Nonlinear {RNNs}},
+        booktitle = {Advances in Neural Information Processing Systems},
         year = {2024},
     }
     ```

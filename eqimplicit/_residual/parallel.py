@@ -9,22 +9,28 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._adjoint.rules import apply_implicit_rule
 from .._layer.base import finish
 from .._layer.defaults import is_small
 from .._linear_solver.neumann_series import NeumannSeries
-from .._linear_solver.recurrence import recur
-from .._linear_solver.small import apply, product, solve
 from .._misc import accumulation_dtype, all_finite, num_unknowns, ravel, two_norm
-from .._solver.as_fixed_point import is_rounding
-from .._solver.measure import measure
+from .all_steps import (
+    are_states,
+    change,
+    keep_still,
+    over_steps,
+    states_before,
+    step_at,
+    Unknowns,
+)
 from .base import AbstractImplicitLayer, AbstractResidualLayer, solve_unknowns
+from .bidiagonal_solve import newton_step, TrajectorySolve
 from .path import Path
 from .sequential import ScanInputs
-from .times import replace_where, stay_if_still, with_step_size
+from .times import stay_if_still
 
 
 # Newton's method takes five to seven steps where it is of use at all.
@@ -48,152 +54,20 @@ def check_parallel(layer: AbstractResidualLayer) -> None:
         )
 
 
-class Unknowns(NamedTuple):
-    """Of all steps: what their equations are solved for, and the states after them."""
-
-    z: Float[Array, "steps unknowns"]
-    y: Float[Array, "steps size"]
-
-
-class _Step(eqx.Module):
-    """The equation of one step, between flat arrays."""
-
-    layer: AbstractImplicitLayer
-    t: Any
-    args: PyTree[Any]
-    like: PyTree[Array]
-
-    def equation(self, y):
-        _, unravel = ravel(self.like)
-        return self.layer.equation(unravel(y), self.t, self.args)
-
-    def __call__(self, z, y):
-        """The images of the unknowns, and the new state, given the old one."""
-        equation = self.equation(y)
-        _, unravel = ravel(equation.guess)
-        image = equation.cell(unravel(z), equation.x)
-        return ravel(image)[0], ravel(equation.new_state(unravel(z)))[0]
-
-    def guess(self, y):
-        return ravel(self.equation(y).guess)[0]
-
-    def judge(self, z, image, new_z, y, new_y):
-        """The residual, and whether it meets its tolerance; over their tolerances the
-        larger of the steps of the unknowns and of the new state; and whether both are
-        lost in rounding.
-        """
-        (old, after), (_, unravel_y) = y, ravel(self.like)
-        equation = self.equation(old)
-        _, unravel = ravel(equation.guess)
-        size, steps = unravel_y(old), []
-        for before, then, scale in (
-            (unravel(z), unravel(new_z), equation.scale(size)),
-            (unravel_y(after), unravel_y(new_y), size),
-        ):
-            solver, _ = self.layer.options.or_defaults(before, scale)
-            error = measure(solver, before, then).error
-            steps.append((error, is_rounding(before, then)))
-        solver, _ = self.layer.options.or_defaults(equation.guess, equation.scale(size))
-        measured = measure(solver, unravel(z), unravel(image))
-        (error_z, rests_z), (error_y, rests_y) = steps
-        error, at_rest = jnp.maximum(error_z, error_y), rests_z & rests_y
-        return measured.residual, measured.converged, error, at_rest
-
-
-def _over_steps(inputs: ScanInputs, function: Any, *rows: Any) -> Any:
-    """Maps `function(step, *row)` over all steps."""
-    stack, shared, y0, steps, args = inputs
-
-    def at(own, t, length, row):
-        layer = with_step_size(eqx.combine(own, shared), length)
-        assert isinstance(layer, AbstractImplicitLayer)
-        return function(_Step(layer, t, args, y0), *row)
-
-    return jax.vmap(at)(stack, steps.starts, steps.lengths, rows)
-
-
-def _previous(inputs: ScanInputs, y: Array) -> Array:
-    start, _ = ravel(inputs.y0)
-    return jnp.concatenate([start[None], y])[:-1]
-
-
-def _change(unknowns: Unknowns, inputs: ScanInputs) -> Unknowns:
-    """How far all unknowns are from their images."""
-    z, y = _over_steps(
-        inputs, lambda step, z, y: step(z, y), unknowns.z, _previous(inputs, unknowns.y)
-    )
-    return Unknowns(z - unknowns.z, y - unknowns.y)
-
-
-class _Blocks(NamedTuple):
-    r"""The Jacobian of a step: with $P = I - \partial z / \partial z$, the matrix
-    $P^{-1} \partial z / \partial y$, the derivative of the new state by the unknowns,
-    and that by the old state, with the unknowns following it.
-    """
-
-    pivot: Float[Array, "steps unknowns unknowns"]
-    follow: Float[Array, "steps unknowns size"]
-    advance: Float[Array, "steps size unknowns"]
-    propagate: Float[Array, "steps size size"]
-
-    def solve(self, p: Array, q: Array) -> Unknowns:
-        """The unknowns of which the operator is `(p, q)`."""
-        dtype = p.dtype
-        p, q = p.astype(self.pivot.dtype), q.astype(self.pivot.dtype)
-        own = solve(self.pivot, p[..., None])[..., 0]
-        y = recur(self.propagate, q + apply(self.advance, own))
-        before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
-        z = own + apply(self.follow, before)
-        return Unknowns(z.astype(dtype), y.astype(dtype))
-
-    def solve_transposed(self, p: Array, q: Array) -> Unknowns:
-        dtype = p.dtype
-        p, q = p.astype(self.pivot.dtype), q.astype(self.pivot.dtype)
-        transpose = lambda matrices: jnp.swapaxes(matrices, -1, -2)
-        # What the next step makes of this one's state.
-        later = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
-        q = q + later(apply(transpose(self.follow), p))
-        v = recur(later(transpose(self.propagate)), q, reverse=True)
-        p = p + apply(transpose(self.advance), v)
-        z = solve(transpose(self.pivot), p[..., None])[..., 0]
-        return Unknowns(z.astype(dtype), v.astype(dtype))
-
-
-def _blocks(operator: Any, like: Unknowns) -> _Blocks:
-    """By products of `I - J`: a step sees its own unknowns and the state before it, so
-    that one product gives one column of each.
-    """
-    num_steps, num_unknowns = like.z.shape
-    size = like.y.shape[-1]
-
-    def column(k):
-        entries = jax.nn.one_hot(k, num_unknowns + size, dtype=like.z.dtype)
-        rows = jnp.broadcast_to(entries, (num_steps, num_unknowns + size))
-        return operator(Unknowns(rows[:, :num_unknowns], rows[:, num_unknowns:]))
-
-    columns = jax.vmap(column, out_axes=-1)(jnp.arange(num_unknowns + size))
-    # There is no factorisation of a matrix in half precision.
-    dtype = accumulation_dtype(like.z.dtype)
-    columns = jtu.tree_map(lambda x: x.astype(dtype), columns)
-    pivot, minus_follow = jnp.split(columns.z, [num_unknowns], axis=-1)
-    minus_advance, rest = jnp.split(columns.y, [num_unknowns], axis=-1)
-    follow = solve(pivot, -minus_follow)
-    direct = jnp.eye(size, dtype=rest.dtype)[None] - rest
-    propagate = direct - product(minus_advance, follow)
-    return _Blocks(pivot, follow, -minus_advance, propagate)
-
-
-def _linear_solve(operator: Any, vector: Unknowns) -> Unknowns:
-    flat, unravel = ravel(vector)
-    blocks = _blocks(operator, vector)
-    return unravel(
-        lax.custom_linear_solve(
-            lambda v: ravel(operator(unravel(v)))[0],
-            flat,
-            solve=lambda _, v: ravel(blocks.solve(*unravel(v)))[0],
-            transpose_solve=lambda _, v: ravel(blocks.solve_transposed(*unravel(v)))[0],
+def _check_is_componentwise(inputs: ScanInputs) -> None:
+    """The equations of a large state are taken apart by its components."""
+    guess, y0 = eqx.filter_eval_shape(_guess, inputs), inputs.y0
+    if not (is_small(y0) or are_states(guess, y0)):
+        raise ValueError(
+            f"Of a state of more than 64 unknowns (here {num_unknowns(y0)}) a "
+            "`parallel` block takes steps whose equation is for a state, or for "
+            f"several along a leading axis. Got one for {guess}."
         )
-    )
+
+
+def _guess(inputs):
+    step = step_at(inputs, 0)
+    return step.layer.equation(inputs.y0, step.t, step.args).guess
 
 
 class _Newton(NamedTuple):
@@ -206,27 +80,32 @@ class _Newton(NamedTuple):
 
 def _newton(inputs: ScanInputs, max_steps: int) -> _Newton:
     y0, _ = ravel(inputs.y0)
+    exact = is_small(y0)
     num_steps = len(inputs.steps.starts)
     y = jnp.broadcast_to(y0, (num_steps, *y0.shape))
-    z = _over_steps(inputs, lambda step, y: step.guess(y), y)
+    z = over_steps(inputs, lambda step, y: step.guess(y), y)
 
-    def judge(unknowns, change, new):
-        before = _previous(inputs, unknowns.y)
-        rows = unknowns.z, unknowns.z + change.z, new.z, (before, unknowns.y), new.y
-        return _over_steps(inputs, lambda step, *row: step.judge(*row), *rows)
+    def judge(unknowns, distance, new):
+        before = states_before(inputs, unknowns.y)
+        rows = unknowns.z, unknowns.z + distance.z, new.z, (before, unknowns.y), new.y
+        return over_steps(inputs, lambda step, *row: step.judge(*row), *rows)
 
     def improve(state):
         unknowns = state.unknowns
-        change, product = jax.linearize(lambda u: _change(u, inputs), unknowns)
+        distance, product = jax.linearize(lambda u: change(u, inputs), unknowns)
         operator = lambda v: jtu.tree_map(jnp.negative, product(v))
-        blocks = _blocks(operator, unknowns)
-        new = jtu.tree_map(jnp.add, unknowns, blocks.solve(*change))
-        residual, is_solved, error, at_rest = judge(unknowns, change, new)
+        step = newton_step(operator, distance)
+        new = jtu.tree_map(jnp.add, unknowns, step)
+        residual, is_solved, error, at_rest = judge(unknowns, distance, new)
+        is_solved = is_solved & (state.num_steps > 0)
         # As in `RootAsFixedPoint` one short step is no proof, and less so from a guess
         # that is the same for all steps; and the iterate after it is the better one.
-        contracted = error <= 0.5 * state.error
-        again = (state.error < 1) & (is_solved & (state.num_steps > 0) | at_rest)
-        converged = (error < 1) & (contracted | again)
+        if exact:
+            contracted = error <= 0.5 * state.error
+            again = (state.error < 1) & (is_solved | at_rest)
+            converged = (error < 1) & (contracted | again)
+        else:
+            converged = is_solved | at_rest & (state.error < 1)
         return _Newton(new, residual, error, converged, state.num_steps + 1)
 
     def goes_on(state):
@@ -243,7 +122,7 @@ def _one_by_one(inputs: ScanInputs, start: _Newton) -> tuple[Unknowns, dict[str,
     """What Newton's method has found, or if that is not the whole trajectory, what the
     steps find one after the other.
     """
-    stack, shared, y0, steps, args = inputs
+    y0, steps = inputs.y0, inputs.steps
     num_steps = len(steps.starts)
     is_found = jnp.all(start.converged) & all_finite(start.unknowns)
 
@@ -253,13 +132,12 @@ def _one_by_one(inputs: ScanInputs, start: _Newton) -> tuple[Unknowns, dict[str,
 
     def make_step(carry):
         k, path, unknowns, stats = carry
-        own, t, length = jtu.tree_map(
-            lambda x: x[k], (stack, steps.starts, steps.lengths)
-        )
-        layer: Any = with_step_size(eqx.combine(own, shared), length)
-        equation = layer.equation(path.y, t, args, path.extrapolate(length))
-        solution = solve_unknowns(equation, path.y, layer.options)
-        z = ravel(solution.value)[0]
+        step = step_at(inputs, k)
+        length = None if steps.lengths is None else steps.lengths[k]
+        guess = path.extrapolate(length)
+        equation = step.layer.equation(path.y, step.t, step.args, guess)
+        solution = solve_unknowns(equation, path.y, step.layer.options)
+        z = step.ravel(solution.value)
         image = equation.cell(solution.value, equation.x)
         residual = two_norm(jtu.tree_map(jnp.subtract, image, solution.value))
         solution = eqx.tree_at(
@@ -296,11 +174,8 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
     """As a scan over the steps, whose `value` are the states after them."""
     layer: Any = eqx.combine(inputs.stack, inputs.shared)
     options = layer.options
-    if not is_small(inputs.y0):
-        raise ValueError(
-            "A `parallel` block factorises the Jacobian of each step, and takes states "
-            f"of at most 64 unknowns. Got {num_unknowns(inputs.y0)}."
-        )
+
+    _check_is_componentwise(inputs)
 
     def primal(inputs):
         newton = _newton(inputs, min(options.max_steps, _MAX_STEPS))
@@ -310,25 +185,31 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
     # plain function closes over nothing, but its arguments do.)
     primal = eqx.filter_closure_convert(primal, inputs)
     structure, _ = eqx.filter_eval_shape(primal, inputs)
-    change = eqx.filter_closure_convert(ft.partial(_change), structure, inputs)
+    distance = eqx.filter_closure_convert(ft.partial(change), structure, inputs)
+    z, y = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), structure)
+    one_step = lambda k, z, y, inputs: step_at(inputs, k)(z, y)
+    one_step = eqx.filter_closure_convert(
+        ft.partial(one_step), jnp.array(0), z, y, inputs
+    )
 
     def solve(everything):
-        primal, _, inputs = everything[0]
+        primal, _, _, inputs = everything[0]
         return primal(inputs)
 
     def rewrite(unknowns, residual, everything):
-        _, change, inputs = everything[0]
-        return change(unknowns, inputs)
+        _, distance, _, inputs = everything[0]
+        return distance(unknowns, inputs)
 
+    adjoint = options.adjoint or ImplicitAdjoint()
     unknowns, stats = apply_implicit_rule(
-        ImplicitAdjoint(),
+        adjoint,
         solve,
         rewrite,
-        ((primal, change, inputs),),
-        _linear_solve,
+        ((primal, distance, one_step, inputs),),
+        TrajectorySolve(adjoint.throw),
         exact=True,
     )
-    y = _keep_still(inputs, unknowns.y)
+    y = keep_still(inputs, unknowns.y)
     _, unravel = ravel(inputs.y0)
 
     def finish_step(y, stats):
@@ -344,15 +225,3 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
         return finish(unravel(y), result, stats, options)
 
     return jax.vmap(finish_step)(y, dict(stats))
-
-
-def _keep_still(inputs: ScanInputs, y: Array) -> Array:
-    """After steps of length zero the state is that before them, to the bit."""
-    lengths = inputs.steps.lengths
-    if lengths is None:
-        return y
-    start, _ = ravel(inputs.y0)
-    index = jnp.arange(1, len(lengths) + 1)
-    last_moved = lax.cummax(jnp.where(lengths == 0, 0, index))
-    before = jnp.concatenate([start[None], y])[last_moved]
-    return replace_where((lengths == 0)[:, None], before, y)
