@@ -78,5 +78,10 @@ from ._solver.as_fixed_point import (
     MinimiserAsFixedPoint as MinimiserAsFixedPoint,
     RootAsFixedPoint as RootAsFixedPoint,
 )
+from ._solver.best_so_far import BestSoFar as BestSoFar
 from ._solver.broyden import Broyden as Broyden
+from ._solver.budget import Budget as Budget
+from ._solver.noisy import Noisy as Noisy
+from ._solver.patience import Patience as Patience
 from ._solver.picard import Picard as Picard
+from ._solver.recorded import Recorded as Recorded

@@ -11,21 +11,14 @@ from .._adjoint.base import AbstractFixedPointAdjoint
 from .._adjoint.guards import check_uncoupled
 from .._misc import all_finite, check_positive_int, clone, state_dtype, stop_gradient
 from .._parametrisation.base import resolve
+from .._solver.wrapper import check_fixed_point_solver
 from .defaults import default_solver
 from .failures import explain_error, throw_unless_found
 
 
 def check_solve_arguments(solver: Any, adjoint: Any, max_steps: Any) -> None:
-    if isinstance(solver, optx.AbstractRootFinder):
-        raise TypeError(
-            f"`solver` must be a fixed-point solver. Got the root finder {solver!r}; "
-            "wrap it as `eqimplicit.RootAsFixedPoint(solver)`."
-        )
-    if solver is not None and not isinstance(solver, optx.AbstractFixedPointSolver):
-        raise TypeError(
-            "`solver` must be an instance of `optimistix.AbstractFixedPointSolver`, "
-            f"for example `eqimplicit.Anderson(1e-4, 1e-4)`. Got {solver!r}."
-        )
+    if solver is not None:
+        check_fixed_point_solver(solver)
     if adjoint is not None and not isinstance(adjoint, optx.AbstractAdjoint):
         raise TypeError(
             "`adjoint` must be an instance of `optimistix.AbstractAdjoint`, for "

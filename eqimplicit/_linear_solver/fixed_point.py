@@ -8,6 +8,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._misc import check_positive_int, num_unknowns, two_norm
+from .._solver.wrapper import check_fixed_point_solver
 from .base import AbstractMatrixFreeSolver
 
 
@@ -33,11 +34,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
 
     def __check_init__(self):
         check_positive_int("max_steps", self.max_steps)
-        if not isinstance(self.solver, optx.AbstractFixedPointSolver):
-            raise TypeError(
-                "`solver` must be a fixed-point solver, for example "
-                f"`Anderson(1e-6, 1e-6)`. Got {self.solver!r}."
-            )
+        check_fixed_point_solver(self.solver)
 
     def solve(
         self, operator: lx.AbstractLinearOperator, vector: PyTree[Array]
