@@ -21,8 +21,8 @@ class Best(eqx.Module):
 
 class BestSoFar(AbstractSolverWrapper[Y, Aux, Best]):
     """Returns the best iterate that a solver has measured, if it does not succeed: the
-    one whose residual over its tolerance is smallest, in the norm of the solver. A
-    residual that is not finite is never the best.
+    one with the smallest residual, in the norm of the solver. A residual that is not
+    finite is never the best.
 
     For solves that may end by their `max_steps`, where those of a method that is not
     monotone, such as [`eqimplicit.Anderson`][], end anywhere. A solve that succeeds is
@@ -53,17 +53,14 @@ class BestSoFar(AbstractSolverWrapper[Y, Aux, Best]):
     ) -> Best:
         new = Best(evaluation.point, evaluation.aux, measurement)
         # NaN compares false.
-        is_better = (measurement.error < own.measurement.error) & jnp.isfinite(
-            measurement.residual
-        )
+        is_better = measurement.residual < own.measurement.residual
         return choose(is_better, new, own)
 
     def conclude(
         self, own: Best, result: optx.RESULTS, solution: tuple[Y, Aux, dict[str, Any]]
     ) -> tuple[Y, Aux, dict[str, Any]]:
         value, aux, stats = solution
-        start = init_measurement(own.point)
-        has_any = own.measurement.error < start.error
+        has_any = own.measurement.residual < init_measurement(own.point).residual
         is_needed = has_any & (result != optx.RESULTS.successful)
         value, aux = choose(is_needed, (own.point, own.aux), (value, aux))
         residual = stats.get("residual", own.measurement.residual)
