@@ -3,6 +3,11 @@ from ._adjoint.implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._adjoint.jfb import JFBAdjoint as JFBAdjoint
 from ._adjoint.neumann import NeumannAdjoint as NeumannAdjoint
 from ._adjoint.phantom import PhantomAdjoint as PhantomAdjoint
+from ._adjoint.probe import (
+    backward_probe as backward_probe,
+    BackwardStatus as BackwardStatus,
+    with_probe as with_probe,
+)
 from ._diagnostics.contraction import (
     contraction_factor as contraction_factor,
     ContractionMonitor as ContractionMonitor,

@@ -1,26 +1,114 @@
 import functools as ft
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from .._custom_types import LinearMap
-from .._misc import all_finite, ravel, stop_gradient
+from .._custom_types import LinearMap, Vector
+from .._misc import all_finite, ravel, stop_gradient, two_norm
+from .probe import BackwardStatus
 
 
-class LinearSolve(eqx.Module):
-    """Applies a Lineax solver to a linear map, so that the result is differentiable and
-    transposable whatever the solver does inside, and so that it raises only on demand.
+class Solved(NamedTuple):
+    """What a linear solver returned, with the statistics that it reports."""
 
-    (A differentiated `lineax.linear_solve` always raises on failure, by means of a host
-    callback.)
+    value: PyTree[Array]
+    is_found: Bool[Array, ""]
+    stats: dict[str, Any]
+
+
+Solve = Callable[[Callable[[Vector], Vector], Vector], Solved]
+
+
+def differentiable_solve(
+    operator: LinearMap,
+    vector: PyTree[Array],
+    probe: BackwardStatus | None,
+    solve: Solve,
+    transpose_solve: Solve,
+) -> PyTree[Array]:
+    """Applies a linear solver, so that the result is differentiable and transposable
+    whatever that does inside. Given the tangent of a probe, the transposed solve gives
+    it the status as its cotangent.
 
     The leaves are solved for as one vector: JAX does not transpose a solve of whose
     right-hand side only some leaves depend on what is differentiated.
+    """
+    flat, unravel = ravel(vector)
+    matvec = lambda v: ravel(operator(unravel(v)))[0]
+    if probe is None:
+        value_of = lambda solve: lambda matvec, b: solve(matvec, b).value
+        return unravel(
+            lax.custom_linear_solve(
+                matvec, flat, value_of(solve), value_of(transpose_solve)
+            )
+        )
+
+    def own(matvec):
+        return lambda v: matvec((v, jtu.tree_map(jnp.zeros_like, probe)))[0]
+
+    def forwards(matvec, pair):
+        b, probe = pair
+        return solve(own(matvec), b).value, probe
+
+    def backwards(matvec, pair):
+        b, _ = pair
+        solved = transpose_solve(own(matvec), b)
+        status = _status(own(matvec), b, solved)
+        cast = lambda x, like: jnp.asarray(x).astype(like.dtype)
+        return solved.value, jtu.tree_map(cast, status, probe)
+
+    value, _ = lax.custom_linear_solve(
+        lambda pair: (matvec(pair[0]), pair[1]),
+        (_tie(flat, probe), _tie(probe, flat)),
+        forwards,
+        backwards,
+    )
+    return unravel(value)
+
+
+def _tie(tree, other):
+    """Depends on the other one as well, with derivative zero, or JAX would not
+    transpose the solve. (A product with zero could be NaN.)
+    """
+    total = sum(jnp.sum(x).astype(float) for x in jtu.tree_leaves(other))
+    pick = lambda x: jnp.where(jnp.array(True), x, jnp.asarray(total).astype(x.dtype))
+    return jtu.tree_map(pick, tree)
+
+
+def _status(matvec, b, solved):
+    size = two_norm(b)
+    is_zero = size == 0
+    num_products = _count_products(solved.stats, b.size)
+    if "residual" in solved.stats:
+        residual = solved.stats["residual"]
+    else:
+        residual = two_norm(matvec(solved.value) - b)
+        num_products = num_products + 1
+    failed = ~is_zero & ~(solved.is_found & all_finite(solved.value))
+    return BackwardStatus(
+        num_solves=jnp.array(1.0),
+        num_failed=failed,
+        residual=jnp.where(is_zero, 0, residual / jnp.where(is_zero, 1, size)),
+        num_products=num_products,
+    )
+
+
+def _count_products(stats, size):
+    # The iterative solvers of Lineax count steps only; its direct ones count nothing.
+    return stats.get("num_products", jnp.nan if stats else size)
+
+
+class LinearSolve(eqx.Module):
+    """Applies a Lineax solver to a linear map. It raises only on demand. (A
+    differentiated `lineax.linear_solve` always raises on failure, by means of a host
+    callback.)
     """
 
     solver: lx.AbstractLinearSolver
@@ -28,24 +116,27 @@ class LinearSolve(eqx.Module):
     throw: bool
 
     def __call__(
-        self, operator: LinearMap, vector: PyTree[Array], point: Any = None
+        self,
+        operator: LinearMap,
+        vector: PyTree[Array],
+        point: Any = None,
+        probe: BackwardStatus | None = None,
     ) -> PyTree[Array]:
         del point
-        flat, unravel = ravel(vector)
-        solution = lax.custom_linear_solve(
-            lambda v: ravel(operator(unravel(v)))[0],
-            flat,
-            solve=ft.partial(self._solve, self.tags),
-            transpose_solve=ft.partial(self._solve, lx.transpose_tags(self.tags)),
+        return differentiable_solve(
+            operator,
+            vector,
+            probe,
+            ft.partial(self._solve, self.tags),
+            ft.partial(self._solve, lx.transpose_tags(self.tags)),
         )
-        return unravel(solution)
 
     def _solve(self, tags, matvec, vector):
         structure = jax.eval_shape(lambda: vector)
         operator = lx.FunctionLinearOperator(matvec, structure, tags)
         solver = stop_gradient(self.solver)
         state = solver.init(operator, {})
-        solution, result, _ = solver.compute(state, vector, {})
+        solution, result, stats = solver.compute(state, vector, {})
         # A masked loss has zero cotangents, on which some solvers divide zero by zero.
         is_zero = jnp.all(vector == 0)
         if self.throw:
@@ -55,7 +146,8 @@ class LinearSolve(eqx.Module):
             )
             failed = (result != lx.RESULTS.successful) & ~is_zero
             solution = result.error_if(solution, failed)
-        return jnp.where(is_zero, 0, solution)
+        value = jnp.where(is_zero, 0, solution)
+        return Solved(value, result == lx.RESULTS.successful, stats)
 
 
 def negate_tags(tags: frozenset[object]) -> frozenset[object]:

@@ -11,9 +11,9 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._custom_types import LinearMap
 from .._misc import stop_gradient
 from .guards import check_fixed_point, check_uncoupled
+from .probe import tangent_of_probe
 
 
 while_loop = ft.partial(eqxi.while_loop, kind="lax")
@@ -44,13 +44,14 @@ def apply_implicit_rule(
     primal_fn: Callable,
     rewrite_fn: Callable,
     inputs: tuple[Any, ...],
-    linear_solve: Callable[[LinearMap, PyTree[Array], Any], PyTree[Array]],
+    linear_solve: Callable[..., PyTree[Array]],
     *,
     exact: bool,
 ) -> tuple[PyTree[Array], PyTree[Any]]:
     r"""Gives the solution the tangent $S \, \partial f / \partial \theta \,
-    \dot\theta$, where `linear_solve` applies $S \approx (I - J)^{-1}$, given
-    the product with $I - J$, a vector, and the solution, its residual and the inputs.
+    \dot\theta$, where `linear_solve` applies $S \approx (I - J)^{-1}$, as
+    `linear_solve(operator, vector, point, probe)`: given the product with $I - J$, a
+    vector, the solution with its residual and the inputs, and the tangent of a probe.
 
     `exact` says that $S$ is that inverse, so that derivatives of the derivative are
     true; otherwise they are refused.
@@ -144,5 +145,7 @@ def _implicit_jvp(primals, tangents):
     )
     _, minus_operator = jax.linearize(lambda z: rewrite_fn(z, residual, inputs), root)
     operator = lambda v: jtu.tree_map(jnp.negative, minus_operator(v))
-    t_root = linear_solve(operator, t_image, (root, residual, inputs))
+    point = root, residual, inputs
+    probe = tangent_of_probe(inputs, t_inputs)
+    t_root = linear_solve(operator, t_image, point, probe)
     return out, (t_root, jtu.tree_map(lambda _: None, residual))

@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.implicit import ImplicitAdjoint
+from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, with_probe
 from .._misc import as_state, check_callable
 from .._parametrisation.base import resolve
 from .._parametrisation.untrained import untrained
@@ -20,7 +21,7 @@ def _adjoint(adjoint):
     return untrained(ImplicitAdjoint() if adjoint is None else adjoint)
 
 
-class DEQ(eqx.Module):
+class DEQ(AbstractProbedLayer):
     r"""A deep equilibrium layer: maps the input `x` to the solution `z` of
 
     $$z = \text{cell}(z, x),$$
@@ -56,6 +57,8 @@ class DEQ(eqx.Module):
     throw: bool = eqx.field(default=False, static=True)
     init: Callable | None = None
 
+    equation_field: ClassVar[str] = "cell"
+
     def __check_init__(self):
         check_callable("cell", self.cell, "cell(z, x)")
         if self.init is not None:
@@ -69,6 +72,7 @@ class DEQ(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
         state: eqx.nn.State | None = None,
+        probe: BackwardStatus | None = None,
     ) -> Any:
         """**Arguments:**
 
@@ -81,6 +85,8 @@ class DEQ(eqx.Module):
             `cell(z, x, state)`, and returns a pair of its output and a new state.
             Every evaluation sees the old state; the new one is that of the last
             evaluation of the solve, and has no derivative.
+        - `probe`: an [`eqimplicit.backward_probe`][]. The gradient with respect to it
+            says how the backward solve went.
 
         **Returns:**
 
@@ -90,7 +96,7 @@ class DEQ(eqx.Module):
 
         **Raises:** as [`eqimplicit.DEQ.solve`][].
         """
-        solution = self.solve(x, z0, key=key, state=state)
+        solution = self.solve(x, z0, key=key, state=state, probe=probe)
         if state is None:
             return solution.value
         return solution.value, solution.aux
@@ -102,6 +108,7 @@ class DEQ(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
         state: eqx.nn.State | None = None,
+        probe: BackwardStatus | None = None,
     ) -> optx.Solution:
         """As calling the layer, but returns the whole [`optimistix.Solution`][].
 
@@ -118,7 +125,8 @@ class DEQ(eqx.Module):
         mixed dtypes, if the cell returns anything other than its state in structure,
         shape and dtype, or if it communicates along a mapped axis.
         """
-        return _solve(self, x, z0, key, state)
+        deq = self if probe is None else with_probe(self, probe)
+        return _solve(deq, x, z0, key, state)
 
 
 @eqx.filter_jit

@@ -11,6 +11,7 @@ import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import Array, Float, PyTree
 
+from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, with_probe
 from .._custom_types import Y
 from .._layer.base import check_same_structure, finish, solve_cell, SolveOptions
 from .._misc import as_state, check_callable, check_positive, state_dtype
@@ -73,12 +74,21 @@ class AbstractResidualLayer(eqx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot step backwards.")
 
-    def __call__(self, y: Y, t: Any = 0.0, args: PyTree[Any] = None) -> Y:
+    def __call__(
+        self,
+        y: Y,
+        t: Any = 0.0,
+        args: PyTree[Any] = None,
+        *,
+        probe: BackwardStatus | None = None,
+    ) -> Y:
         """**Arguments:**
 
         - `y`: the state, a pytree of floating arrays of one dtype.
         - `t`: the time at the start of the step.
         - `args`: passed to the vector field.
+        - `probe`: an [`eqimplicit.backward_probe`][]. The gradient with respect to it
+            says how the backward solve went.
 
         **Returns:**
 
@@ -87,7 +97,8 @@ class AbstractResidualLayer(eqx.Module):
 
         **Raises:** as [`eqimplicit.AbstractResidualLayer.solve`][].
         """
-        return self.solve(y, t, args).value
+        layer = self if probe is None else with_probe(self, probe)
+        return layer.solve(y, t, args).value
 
 
 class StepEquation(eqx.Module):
@@ -114,11 +125,13 @@ StepEquation.__init__.__doc__ = """**Arguments:**
 """
 
 
-class AbstractImplicitLayer(AbstractResidualLayer):
+class AbstractImplicitLayer(AbstractResidualLayer, AbstractProbedLayer):
     """A residual layer whose step is the solution of an equation that it tells, so that
     a parallel [`eqimplicit.ODEBlock`][] and [`eqimplicit.diffrax_solver`][] can solve
     it in their own ways.
     """
+
+    equation_field: ClassVar[str] = "vector_field"
 
     @abc.abstractmethod
     def equation(

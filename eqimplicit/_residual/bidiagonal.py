@@ -121,3 +121,11 @@ def diagonal_blocks(operator: LinearMap, like: Unknowns) -> Blocks:
     of_slot = lambda slot: jnp.mean(jax.vmap(lambda s: column(slot, s))(signs), 0)
     columns = jax.vmap(of_slot, out_axes=-1)(slots)
     return Blocks.of(columns, num_stages)
+
+
+def count_products(like: Unknowns, dense: bool) -> int:
+    """How many products with the operator its blocks take."""
+    num_unknowns, size = like.z.shape[-1], like.y.shape[-1]
+    if dense:
+        return num_unknowns + size
+    return _NUM_PROBES * (num_unknowns // size + 1)

@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from .._adjoint.probe import BackwardStatus, is_probe, with_probe
 from .._custom_types import Y
 from .._misc import (
     accumulation_dtype,
@@ -97,6 +98,7 @@ class ODEBlock(eqx.Module):
         args: PyTree[Any] = None,
         *,
         ts: ArrayLike | None = None,
+        probe: BackwardStatus | None = None,
     ) -> Y:
         """**Arguments:**
 
@@ -108,6 +110,8 @@ class ODEBlock(eqx.Module):
             layer. There may be any number of steps (`num_steps` does not count), but
             for stacked layers. A step between equal times changes nothing, so that a
             short series is padded by its last time.
+        - `probe`: an [`eqimplicit.backward_probe`][]. The gradient with respect to it
+            says how the backward solves of all steps went.
 
         **Returns:**
 
@@ -118,6 +122,8 @@ class ODEBlock(eqx.Module):
         wrong shape, and for times that decrease or are not finite. Where these are
         traced, the states after them are NaN.
         """
+        if probe is not None:
+            return with_probe(self, probe)(y0, t0, args, ts=ts)
         if self.parallel:
             states = self.solve(y0, t0, args, ts=ts).value
             return jtu.tree_map(lambda x: x[-1], states)
@@ -133,11 +139,12 @@ class ODEBlock(eqx.Module):
         args: PyTree[Any] = None,
         *,
         ts: ArrayLike | None = None,
+        probe: BackwardStatus | None = None,
     ) -> PyTree[Array]:
         """As calling the block, but returns the states at `times(t0, ts=ts)`: with a
         leading axis of length `num_steps + 1` or `len(ts)`, the initial state first.
         """
-        return self.solve(y0, t0, args, ts=ts).value
+        return self.solve(y0, t0, args, ts=ts, probe=probe).value
 
     def solve(
         self,
@@ -146,6 +153,7 @@ class ODEBlock(eqx.Module):
         args: PyTree[Any] = None,
         *,
         ts: ArrayLike | None = None,
+        probe: BackwardStatus | None = None,
     ) -> optx.Solution:
         """As calling the block, but returns a [`optimistix.Solution`][]: `value` is the
         trajectory; `result` and `stats` are those of the steps, with a leading axis of
@@ -153,7 +161,8 @@ class ODEBlock(eqx.Module):
         """
         t0, ts = self._checked_times(t0, ts)
         steps = None if ts is None else steps_between(ts)
-        return _solve(self, y0, t0, steps, args)
+        block = self if probe is None else with_probe(self, probe)
+        return _solve(block, y0, t0, steps, args)
 
     def _checked_times(self, t0, ts):
         """The initial time as an array, or the times."""
@@ -314,7 +323,8 @@ def _equal_times(block, t0):
 def _inputs(block, y0, t0, steps, args):
     y0 = as_state(y0)
     if block.stacked:
-        stack, shared = eqx.partition(block.layer, eqx.is_array)
+        # All layers have the same probe.
+        stack, shared = eqx.partition(block.layer, eqx.is_array, is_leaf=is_probe)
     else:
         check_scalar_step(block.layer.step_size)
         # Resolved only once.

@@ -1,0 +1,148 @@
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+class BackwardStatus(eqx.Module):
+    """How backward solves went, in sums over all that there were: over the layers that
+    share a probe, the examples of a `jax.vmap`, the steps of a block. It is the
+    gradient of a loss with respect to an [`eqimplicit.backward_probe`][].
+
+    All are zero where no backward solve ran.
+    """
+
+    num_solves: Float[Array, "..."]
+    num_failed: Float[Array, "..."]
+    residual: Float[Array, "..."]
+    num_products: Float[Array, "..."]
+
+    @property
+    def found(self) -> Bool[Array, "..."]:
+        """Whether there were backward solves, and all have finished."""
+        return (self.num_solves > 0) & (self.num_failed == 0)
+
+
+BackwardStatus.__init__.__doc__ = r"""**Arguments:**
+
+- `num_solves`: how many backward solves ran.
+- `num_failed`: how many of them did not meet their tolerance, broke down, or returned
+    what is not finite.
+- `residual`: $\|g - (I - J)^\top w\|_2 / \|g\|_2$, of the cotangent $g$ and what the
+    linear solver made of it; zero for a cotangent that is zero.
+- `num_products`: the products with $J^\top$. Those of a direct solver are one for each
+    unknown; NaN for a solver that does not count its own.
+"""
+
+
+def backward_probe(shape: tuple[int, ...] = ()) -> BackwardStatus:
+    """A probe for the backward solves of implicit layers, which have no other way out
+    of `jax.grad`. Pass it to a layer as `layer(x, probe=probe)`, or put it into all
+    layers of a model by [`eqimplicit.with_probe`][]; the gradient of the loss with
+    respect to it is the [`eqimplicit.BackwardStatus`][].
+
+    Works under `jax.jit`, `jax.vmap` and in `jax.lax.scan`, without a host callback.
+    The layer's own values and gradients are as they are without it. The layers in turn
+    report of [`eqimplicit.ImplicitAdjoint`][] and [`eqimplicit.NeumannAdjoint`][];
+    adjoints without a backward solve leave the status zero, as do those of Optimistix.
+
+    Costs, where it is differentiated, at most one product with $J^\\top$ for each
+    backward solve, to measure the residual of solvers that do not report it, and
+    otherwise nothing.
+
+    !!! example
+
+        ```python
+        @eqx.filter_jit
+        @eqx.filter_grad
+        def gradients(model_and_probe, x):
+            model, probe = model_and_probe
+            return jnp.sum(model(x, probe=probe) ** 2)
+
+        grads, status = gradients((deq, eqi.backward_probe()), x)
+        print(status.found, status.residual)
+        ```
+
+    **Arguments:**
+
+    - `shape`: of each number: `()` for sums over everything, `(batch,)` for a probe
+        that is mapped with the examples, and tells each by itself.
+
+    **Returns:**
+
+    An [`eqimplicit.BackwardStatus`][] of zeros.
+    """
+    zeros = jnp.zeros(shape)
+    return BackwardStatus(zeros, zeros, zeros, zeros)
+
+
+class AbstractProbedLayer(eqx.Module):
+    """A layer that can report of its backward solves."""
+
+    # The name of the field with the function in its equation.
+    equation_field: ClassVar[str]
+
+
+class Probed(eqx.Module):
+    """A function in an equation, with the probe of the layer that solves it."""
+
+    function: Callable
+    probe: BackwardStatus
+
+    @property
+    def __wrapped__(self):
+        return self.function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
+    """Puts a probe into all implicit layers of a model, as calling each of them with
+    `probe=probe` does. (Not into layers inside of the cell of another layer.)
+
+    **Arguments:**
+
+    - `tree`: any pytree, for example a model with several implicit layers.
+    - `probe`: an [`eqimplicit.backward_probe`][], or what was made of one by `jax.vmap`
+        or `jax.grad`.
+
+    **Returns:**
+
+    The same pytree, whose layers report to the probe.
+    """
+
+    def put(layer):
+        if not _is_layer(layer):
+            return layer
+        where = lambda layer: getattr(layer, layer.equation_field)
+        return eqx.tree_at(where, layer, Probed(where(layer), probe))
+
+    return jtu.tree_map(put, tree, is_leaf=_is_layer)
+
+
+def _is_layer(node):
+    return isinstance(node, AbstractProbedLayer)
+
+
+def is_probe(node: Any) -> bool:
+    return isinstance(node, BackwardStatus)
+
+
+def tangent_of_probe(tree: PyTree[Any], tangents: PyTree[Any]) -> Any:
+    """That of the probe in an equation, given everything that enters it; or None, if
+    there is no probe or it is not differentiated.
+    """
+    probe, tangent = _find(tree), _find(tangents)
+    if len(jtu.tree_leaves(tangent)) == 0:
+        return None
+    full = lambda x, t: jnp.zeros_like(x) if t is None else t
+    return jtu.tree_map(full, probe, tangent)
+
+
+def _find(tree):
+    nodes = jtu.tree_leaves(tree, is_leaf=lambda node: isinstance(node, Probed))
+    return next((node.probe for node in nodes if isinstance(node, Probed)), None)
