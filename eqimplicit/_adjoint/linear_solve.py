@@ -60,29 +60,28 @@ def differentiable_solve(
     def backwards(matvec, pair):
         b, _ = pair
         solved = transpose_solve(own(matvec), b)
-        status = _status(own(matvec), b, solved)
-        cast = lambda x, like: jnp.asarray(x).astype(like.dtype)
-        return solved.value, jtu.tree_map(cast, status, probe)
+        return solved.value, _status(own(matvec), b, solved, probe)
 
-    value, _ = lax.custom_linear_solve(
+    value, unchanged = lax.custom_linear_solve(
         lambda pair: (matvec(pair[0]), pair[1]),
         (_tie(flat, probe), _tie(probe, flat)),
         forwards,
         backwards,
     )
-    return unravel(value)
+    return unravel(_tie(value, unchanged))
 
 
 def _tie(tree, other):
-    """Depends on the other one as well, with derivative zero, or JAX would not
-    transpose the solve. (A product with zero could be NaN.)
+    """Depends on the other one as well, with derivative zero: JAX transposes only
+    solves all of whose right-hand side is differentiated. (A product with zero could be
+    NaN.)
     """
     total = sum(jnp.sum(x).astype(float) for x in jtu.tree_leaves(other))
     pick = lambda x: jnp.where(jnp.array(True), x, jnp.asarray(total).astype(x.dtype))
     return jtu.tree_map(pick, tree)
 
 
-def _status(matvec, b, solved):
+def _status(matvec, b, solved, like):
     size = two_norm(b)
     is_zero = size == 0
     num_products = _count_products(solved.stats, b.size)
@@ -92,11 +91,13 @@ def _status(matvec, b, solved):
         residual = two_norm(matvec(solved.value) - b)
         num_products = num_products + 1
     failed = ~is_zero & ~(solved.is_found & all_finite(solved.value))
+    residual = jnp.where(is_zero, 0, residual / jnp.where(is_zero, 1, size))
+    cast = lambda x, like: jnp.asarray(x).astype(like.dtype)
     return BackwardStatus(
-        num_solves=jnp.array(1.0),
-        num_failed=failed,
-        residual=jnp.where(is_zero, 0, residual / jnp.where(is_zero, 1, size)),
-        num_products=num_products,
+        num_solves=jnp.ones_like(like.num_solves),
+        num_failed=cast(failed, like.num_failed),
+        residual=cast(residual, like.residual),
+        num_products=cast(num_products, like.num_products),
     )
 
 

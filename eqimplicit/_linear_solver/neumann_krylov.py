@@ -102,8 +102,12 @@ class NeumannKrylov(AbstractMatrixFreeSolver):
             all_finite(other), other_result, lx.RESULTS.breakdown
         )
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, other_result)
-        stats = {"num_products": state.num_products + stats.get("num_products", 0)}
-        return solution, result, stats
+        products = state.num_products + stats.get("num_products", 0)
+        all_stats = {"num_products": products}
+        if "residual" in stats:
+            residual = jnp.where(converged, state.residual, stats["residual"])
+            all_stats["residual"] = residual
+        return solution, result, all_stats
 
 
 NeumannKrylov.__init__.__doc__ = """**Arguments:**
