@@ -82,11 +82,14 @@ class _Field(eqx.Module):
 def _names_of_examples():
     """What the examples in docstrings take for granted."""
     field = lambda t, y, args: -y
+    cell = lambda z, x: 0.5 * z + x
     return {
         **{"eqi": eqi, "eqx": eqx, "jax": jax, "jr": jax.random, "ft": functools},
         **{"diffrax": diffrax, "key": jax.random.key(0)},
         **{"field": field, "make_field": lambda key: field, "MyField": _Field},
         "keys": jax.random.split(jax.random.key(1), 2),
+        **{"x": jax.numpy.ones(3), "xs": jax.numpy.ones((3, 2)), "jnp": jax.numpy},
+        **{"cell": cell, "deq": eqi.DEQ(cell)},
     }
 
 

@@ -44,8 +44,8 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
     !!! warning
 
         The gradient is that of an exact solution, so it is only as good as the solution
-        and the linear solve are. See [`eqimplicit.gradient_report`][] for the residual
-        of the backward solve, which has no way out of `jax.grad`.
+        and the linear solve are. An [`eqimplicit.backward_probe`][] tells the residual
+        of the backward solve, and whether it has finished.
     """
 
     linear_solver: lx.AbstractLinearSolver = NeumannKrylov(

@@ -63,7 +63,7 @@ def backward_probe(shape: tuple[int, ...] = ()) -> BackwardStatus:
             return jnp.sum(model(x, probe=probe) ** 2)
 
         grads, status = gradients((deq, eqi.backward_probe()), x)
-        print(status.found, status.residual)
+        status.found, status.residual
         ```
 
     **Arguments:**

@@ -80,7 +80,10 @@ class DEQ(AbstractProbedLayer):
         - `z0`: the initial guess, a pytree of floating arrays of one dtype. By default
             `init(x)`, and without an `init` zeros like `x`.
         - `key`: if given, the cell is called as `cell(z, x, key=key)`, with the same
-            key at every evaluation: drop-out masks are frozen within a solve.
+            key at every evaluation: drop-out masks are frozen within a solve. (Noise
+            that is new at every evaluation comes from [`eqimplicit.Noisy`][], around
+            the solver: a cell has nothing to draw it from, and with it there is a fixed
+            point only in distribution.)
         - `state`: if given, an `equinox.nn.State`, and the cell is called as
             `cell(z, x, state)`, and returns a pair of its output and a new state.
             Every evaluation sees the old state; the new one is that of the last
