@@ -43,9 +43,20 @@ def loss_of(solution):
     return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jtu.tree_leaves(solution.value))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    "name", ("theta 0.5, midpoint", "theta 1, trapezoid", "Gauss 2")
+    "name, precision",
+    (
+        ("theta 0.5, midpoint", "float64"),
+        ("Gauss 2", "float32"),
+        *(
+            pytest.param(name, precision, marks=pytest.mark.slow)
+            for name, precision in (
+                ("theta 0.5, midpoint", "float32"),
+                ("theta 1, trapezoid", "float64"),
+                ("Gauss 2", "float64"),
+            )
+        ),
+    ),
 )
 def test_values_and_gradients_are_those_of_steps_in_turn(name, precision, getkey):
     dtype = PRECISIONS[precision]
@@ -125,11 +136,15 @@ def test_the_blocks_of_components_by_themselves(getkey):
         jr.normal(getkey(), (num_steps, num_stages * size)),
         jr.normal(getkey(), (num_steps, size)),
     )
-    for make_blocks in (dense_blocks, diagonal_blocks):
-        own = make_blocks(operator, vector)
-        assert relative_error(operator(own.solve(vector)), vector) < 1e-12
-        transpose = jax.linear_transpose(operator, vector)
-        (again,) = transpose(own.solve_transposed(vector))
+
+    def there_and_back(vector):
+        for make_blocks in (dense_blocks, diagonal_blocks):
+            own = make_blocks(operator, vector)
+            transpose = jax.linear_transpose(operator, vector)
+            yield operator(own.solve(vector))
+            yield transpose(own.solve_transposed(vector))[0]
+
+    for again in jax.jit(lambda v: list(there_and_back(v)))(vector):
         assert relative_error(again, vector) < 1e-12
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import compiled_text, matrix_of_norm, relative_error
+from .helpers import compiled_text, matrix_of_norm, relative_error, slow_but
 
 
 EXACT = {
@@ -62,7 +62,9 @@ def gradients(loss, *args):
     return both(args)
 
 
-@pytest.mark.parametrize("name", [*EXACT, *APPROXIMATE])
+@pytest.mark.parametrize(
+    "name", slow_but([*EXACT, *APPROXIMATE], "default", "LU", "Neumann")
+)
 def test_the_residual_is_that_of_the_gradient(name, getkey):
     """For an affine cell the gradient of `g @ z` by `x` is what the solver returned."""
     adjoint = {**EXACT, **APPROXIMATE}[name]
@@ -87,7 +89,7 @@ def test_the_residual_is_that_of_the_gradient(name, getkey):
         assert status.num_products == adjoint.count_products(transposed, g)
 
 
-@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.parametrize("name", slow_but(SILENT, "JFB"))
 def test_adjoints_without_a_backward_solve_say_nothing(name, getkey):
     deq, x = make(getkey(), SILENT[name]), jr.normal(getkey(), (6,))
     plain, actual, status = gradients(

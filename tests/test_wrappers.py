@@ -16,6 +16,7 @@ from .helpers import (
     ADJOINTS,
     matrix_of_norm,
     relative_error,
+    slow_but,
     solve,
     SOLVERS,
     tanh_map,
@@ -102,7 +103,13 @@ def test_every_pair_solves_as_the_solver_does(name, dtype, getkey):
             assert np.allclose(residuals[0], first)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+def nest(solver):
+    for wrap in WRAPPERS.values():
+        solver = wrap(solver)
+    return solver
+
+
+@pytest.mark.parametrize("wrapper", slow_but([*WRAPPERS, "all"], "all"))
 @pytest.mark.parametrize("adjoint", [*ADJOINTS, "unrolled"])
 def test_every_adjoint_works_through_each(adjoint, wrapper, getkey):
     adjoints = {**ADJOINTS, "unrolled": optx.RecursiveCheckpointAdjoint}
@@ -115,7 +122,7 @@ def test_every_adjoint_works_through_each(adjoint, wrapper, getkey):
             return jnp.sum(deq(args[1]) ** 2)
 
         solver = eqi.Picard(1e-10, 1e-10)
-        sides = solver, WRAPPERS[wrapper](solver)
+        sides = solver, {**WRAPPERS, "all": nest}[wrapper](solver)
         return [jax.value_and_grad(loss)(args, side) for side in sides]
 
     (value, expected), (other, actual) = gradients(problem(getkey()))
@@ -317,10 +324,7 @@ def test_the_law_of_noisy_iterates():
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_half_precision(dtype, getkey):
     args = problem(getkey(), dtype)
-    solver = eqi.Picard(1e-2, 1e-2)
-    for wrap in WRAPPERS.values():
-        solver = wrap(solver)
-    solver = eqi.Noisy(solver, 1e-3, getkey())
+    solver = eqi.Noisy(nest(eqi.Picard(1e-2, 1e-2)), 1e-3, getkey())
     solution = solve(tanh_map, solver, jnp.zeros(6, dtype), args)
     assert solution.value.dtype == dtype and successful(solution)
     error = tanh_map(solution.value, args) - solution.value
