@@ -74,6 +74,10 @@ class Config(options.Options):
     pretrain_depth: int = 5
     """How often the cell is applied in them."""
 
+    warm_start: bool = False
+    """Start each solve of a training image from its last
+    solution, which is stored. Tests start cold."""
+
     smoke: bool = False
     """A short run, 2 epochs of 500 images, to try things out."""
 
@@ -92,6 +96,11 @@ def check(config: Config) -> None:
         raise UserError("--smoke decides --epochs and --train-size. Leave them out")
     if config.rtol == 0 and config.atol == 0:
         raise UserError("--rtol and --atol must not both be zero")
+    if config.warm_start and config.adjoint == "unrolled":
+        raise UserError(
+            "--warm-start leaves few steps to differentiate. Give another --adjoint "
+            "than unrolled"
+        )
     options.start(config)
 
 
@@ -164,6 +173,7 @@ def train(config: Config) -> list[dict[str, Any]]:
             at_step=ft.partial(at_step, config),
             diagnose=diagnose,
             smoothing=0.1,
+            warm_start=config.warm_start,
         )
         title = f"{config.dataset}: {config.adjoint} gradients, {config.solver} solver"
         metrics, _, _ = loop.train(

@@ -276,7 +276,7 @@ def test_statistics_of_the_batch_norm_are_trained_and_saved(mnist, tmp_path):
     optimiser = image_classification.make_optimiser(1e-3, 1)
     opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     task = loop.Task(None, None, classifiers.forward, optimiser)
-    (_, state, _), _, _ = loop.train_step(
+    (_, state, _), *_ = loop.train_step(
         (model, state, opt_state),
         images,
         labels,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 import eqimplicit as eqi
 
@@ -33,30 +33,37 @@ class Solve(NamedTuple):
 
 class Output(NamedTuple):
     """Of a network in training: the logits, its new Equinox state, the solve of each
-    layer by its name, and what is added to the loss."""
+    layer by its name, what is added to the loss, and the solutions, of which each image
+    has its own, for those that start from them."""
 
     logits: Float[Array, "*batch classes"]
     state: Any
     solves: dict[str, Solve]
     penalty: Float[Array, ""] | float = 0.0
+    solution: PyTree[Array] = None
 
 
-def forward(model: eqi.models.ImageClassifier, state, images, key=None) -> Output:
+def forward(
+    model: eqi.models.ImageClassifier, state, images, key=None, z0=None
+) -> Output:
     """Of a network with one implicit layer, on a batch of images. With an Equinox state
-    the batch is one state of the layer, else each image has a solve of its own.
+    the batch is one state of the layer, else each image has a solve of its own. The
+    solve starts from `z0`, if that is given.
     """
     if state is None and images.ndim == 4:
         keys = None if key is None else jr.split(key, len(images))
-        return jax.vmap(forward, (None, None, 0, 0))(model, None, images, keys)
+        batched = jax.vmap(forward, (None, None, 0, 0, 0))
+        return batched(model, None, images, keys, z0)
     encoder_key = None if key is None else jr.fold_in(key, 0)
     features, state = model.encoder(images, state, key=encoder_key)
     if not isinstance(model.layer, eqi.DEQ):  # explicit
         z = model.layer(features, state=state)
         z, state = (z, None) if state is None else z
         return Output(model.head(z, key=key), state, {})
-    solution = model.layer.solve(features, state=state)
-    logits = model.head(solution.value, key=key)
-    return Output(logits, solution.aux, {"layer": Solve.of(solution)})
+    solution = model.layer.solve(features, z0, state=state)
+    z = solution.value
+    logits = model.head(z, key=key)
+    return Output(logits, solution.aux, {"layer": Solve.of(solution)}, solution=z)
 
 
 @ft.cache  # One object for equal depths, for which a step is compiled once.

@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, with a checkpoint after each."""
 
+import functools as ft
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from . import (
     options as options_module,
     progress,
     run_folder,
+    warm_start,
 )
 from .classifiers import cross_entropy, Output
 from .command_line import UserError
@@ -45,6 +47,8 @@ class Task(NamedTuple):
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
         epoch, from a batch of training images.
     - `smoothing`: that of the labels in the loss.
+    - `warm_start`: whether each solve of a training image starts from its last one:
+        `forward` then takes a `z0`, and returns a `solution`.
     """
 
     model: Any
@@ -57,6 +61,7 @@ class Task(NamedTuple):
     augment: Callable[[Any, Any], Any] | None = None
     diagnose: Callable[..., dict[str, Any]] | None = None
     smoothing: float = 0.0
+    warm_start: bool = False
 
 
 def cast(tree: Any, dtype: str) -> Any:
@@ -65,13 +70,14 @@ def cast(tree: Any, dtype: str) -> Any:
     )
 
 
-def _loss(model, state, images, labels, key, task, adapt, precision):
+def _loss(model, state, images, labels, key, task, adapt, precision, z0):
     model = adapt(model)
     if task.augment is not None:
         images = task.augment(jr.fold_in(key, 1), images)
     # The arrays that are optimised keep their dtype, and so do batch statistics.
     model, images = cast((model, images), precision)
-    output = task.forward(model, state, images, key)
+    forward = task.forward if z0 is None else ft.partial(task.forward, z0=z0)
+    output = forward(model, state, images, key)
     penalty = jnp.mean(jnp.asarray(output.penalty, jnp.float32))
     loss = cross_entropy(output.logits, labels, task.smoothing) + penalty
     metrics = {
@@ -85,16 +91,18 @@ def _loss(model, state, images, labels, key, task, adapt, precision):
         unconverged = [jnp.mean(solve.unconverged) for solve in solves]
         metrics["unconverged"] = jnp.mean(jnp.stack(unconverged))
     nonfinite = {k: jnp.any(solve.nonfinite) for k, solve in output.solves.items()}
-    return loss, (output.state, metrics, nonfinite)
+    solution = None if z0 is None else output.solution
+    return loss, (output.state, metrics, nonfinite, solution)
 
 
 @eqx.filter_jit
-def train_step(arrays, images, labels, key, task, adapt, precision):
-    """Returns the new model, state and optimiser state, and the metrics."""
+def train_step(arrays, images, labels, key, task, adapt, precision, z0=None):
+    """Returns the new model, state and optimiser state, the metrics, and if it was
+    given the guess `z0` the solution."""
     model, state, opt_state = arrays
     grad_fn = eqx.filter_grad(_loss, has_aux=True)
-    grads, (state, metrics, nonfinite) = grad_fn(
-        model, state, images, labels, key, task, adapt, precision
+    grads, (state, metrics, nonfinite, solution) = grad_fn(
+        model, state, images, labels, key, task, adapt, precision, z0
     )
     params = eqx.filter(model, eqx.is_inexact_array)
     updates, opt_state = task.optimiser.update(grads, opt_state, params)
@@ -102,7 +110,8 @@ def train_step(arrays, images, labels, key, task, adapt, precision):
     metrics["gradient_norm"] = optax.tree.norm(grads)
     new = eqx.filter((model, state), eqx.is_inexact_array)
     metrics["parameter_norm"] = optax.tree.norm(new)
-    return devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
+    whole = devices.keep_whole(((model, state, opt_state), metrics, nonfinite))
+    return *whole, solution
 
 
 @eqx.filter_jit
@@ -154,12 +163,20 @@ def train(
 
 def _train(task, data, options, folder, title, experiment):
     record = options_module.record(options, experiment)
+    if task.warm_start:
+        record["stored_solutions"] = len(data.train.labels)
     devices.check_agreement(str(record), "their options")
     model, state = task.model, task.state
     if options.precision == "float64":
         model, state = cast((model, state), "float64")
     opt_state = task.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
-    arrays, metrics = (model, state, opt_state), []
+    store = None
+    if task.warm_start:
+        images, _ = data.normalise(data.train, np.arange(options.batch_size))
+        inputs = cast((model, jnp.asarray(images)), options.precision)
+        size = len(data.train.labels)
+        store = warm_start.cold(task.forward, inputs[0], state, inputs[1], size)
+    arrays, metrics = (model, state, opt_state, store), []
     resumed = run_folder.resume(folder, record, arrays)
     if resumed is not None:
         metrics, arrays = resumed
@@ -180,7 +197,7 @@ def _train(task, data, options, folder, title, experiment):
     for epoch in range(len(metrics) + 1, options.epochs + 1):
         start = time.perf_counter()
         arrays, line = _epoch(task, data, options, folder, epoch, arrays)
-        model, state, _ = arrays
+        model, state, *_ = arrays
         test_ranks = ranks(
             task, model, state, data, data.test, options.batch_size, options.precision
         )
@@ -207,22 +224,27 @@ def _epoch(task, data, options, folder, epoch, arrays):
     key = jr.fold_in(jr.key(options.seed), epoch)
     order = np.asarray(jr.permutation(key, len(data.train.labels)))
     num_steps = options_module.steps_per_epoch(options, len(order))
+    *trained, store = arrays
     lines, nonfinite = [], []
     is_quiet = not devices.is_first()
     with progress.bar(num_steps, f"epoch {epoch}", leave=False, quiet=is_quiet) as done:
         for i in range(num_steps):
             indices = order[i * options.batch_size : (i + 1) * options.batch_size]
-            images, labels = devices.divide(data.normalise(data.train, indices))
+            batch = (*data.normalise(data.train, indices), indices)
+            images, labels, own = devices.divide(batch)
             step = (epoch - 1) * num_steps + i
-            arrays, line, bad = train_step(
-                arrays,
+            trained, line, bad, solution = train_step(
+                tuple(trained),
                 images,
                 labels,
                 jr.fold_in(key, i),
                 task._replace(model=None, state=None, at_step=None, diagnose=None),
                 task.at_step(step),
                 options.precision,
+                None if store is None else warm_start.take(store, own),
             )
+            if store is not None:
+                store = warm_start.put(store, own, solution)
             lines.append(line)
             nonfinite.append(bad)
             # The step before, so that the device need not wait for the next.
@@ -231,7 +253,7 @@ def _epoch(task, data, options, folder, epoch, arrays):
             done()
     _check_finite(lines[-1], nonfinite[-1], epoch * num_steps - 1, epoch, folder)
     means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
-    return arrays, means
+    return (*trained, store), means
 
 
 def _check_finite(line, nonfinite, step, epoch, folder):
