@@ -175,6 +175,7 @@ def test_damaged_files_are_named_and_left_alone(capsys, mnist, damage):
         (["--rtol", -1], "--rtol must be a number, not negative"),
         (["--rtol", 0, "--atol", 0], "--rtol and --atol must not both be zero"),
         (["--damping", "nan"], "--damping must be a positive number"),
+        (["--warm-start", "--adjoint", "unrolled"], "--warm-start leaves few steps"),
         (["--train-size", 10**6], "has only 1437 training images"),
     ],
 )
