@@ -14,6 +14,7 @@ import optax
 import pytest
 from training import command_line, image_data, loop, options, warm_start
 
+from .test_processes import free_port
 from .test_training import data as data, make_task, parameters, train
 
 
@@ -123,17 +124,29 @@ def test_the_solutions_of_a_batch_are_taken_and_put_by_their_indices():
         assert np.array_equal(new[name], expected)
 
 
+def start(folder, *options, devices=1):
+    sizes = ("--train-size", "160", "--batch-size", "40", "--epochs", "3")
+    command = [sys.executable, _script, *sizes, "--warm-start", "--out", folder]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen([*command, *options], env=os.environ | {"XLA_FLAGS": flags})
+
+
 @pytest.mark.process
-def test_a_store_is_the_same_on_several_devices(tmp_path):
-    sizes = ["--train-size", "160", "--batch-size", "40", "--epochs", "3"]
-    lines = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, _script, *sizes, "--warm-start", "--out", folder]
-        subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": flags})
-        lines.append((folder / "metrics.jsonl").read_text().splitlines())
-    for one, two in zip(*lines, strict=True):
-        one, two = json.loads(one), json.loads(two)
-        assert one["evaluations"] == pytest.approx(two["evaluations"], rel=1e-2)
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+def test_a_store_is_the_same_on_several_devices_and_in_several_processes(tmp_path):
+    together = "--coordinator", f"localhost:{free_port()}", "--num-processes", "2"
+    runs = {
+        "one": [()],
+        "devices": [()],
+        "processes": [(*together, "--process-id", i) for i in "01"],
+    }
+    lines = {}
+    for name, processes in runs.items():
+        devices = 2 if name == "devices" else 1
+        started = [start(tmp_path / name, *o, devices=devices) for o in processes]
+        assert [process.wait(timeout=300) for process in started] == [0] * len(started)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [json.loads(line) for line in text.splitlines()]
+    for name in ("devices", "processes"):
+        for one, other in zip(lines["one"], lines[name], strict=True):
+            assert other["evaluations"] == pytest.approx(one["evaluations"], rel=1e-2)
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
