@@ -11,10 +11,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
-from training import progress
+from training import backward, progress
 from training.command_line import UserError
+
+import eqimplicit as eqi
 
 
 Model = TypeVar("Model")
@@ -109,13 +112,15 @@ def fit(
     inputs: PyTree[Array] | None = None,
     after: Callable[[Model], Model] = lambda model: model,
     num_chunks: int = 20,
+    backward_patience: int = 200,
 ) -> tuple[Model, PyTree[Array]]:
     """Trains models, stacked along the leading axis of their arrays, all at once.
 
     `loss` is that of one model and of one entry of the `inputs`, which have one for
     each step, with what to record; `after` is applied to a model after each step.
     Returns the trained models and the records, with axes for the models and the steps.
-    A loss that is not finite ends the run.
+    A loss that is not finite ends the run, and so do backward solves of which most fail
+    in every step for long.
     """
     params, rest = eqx.partition(models, eqx.is_inexact_array)
     # Stacked as well, though not trained.
@@ -130,22 +135,25 @@ def fit(
     def step(others, carry, x):
         params, state = carry
 
-        def value_fn(params):
-            return loss(eqx.combine(params, others, static), x)
+        def value_fn(params, probe):
+            model = eqx.combine(params, others, static)
+            return loss(eqi.with_probe(model, probe), x)
 
-        (value, record), grads = jax.value_and_grad(value_fn, has_aux=True)(params)
+        grad_fn = jax.value_and_grad(value_fn, (0, 1), has_aux=True)
+        probe = eqi.backward_probe()
+        (value, record), (grads, status) = grad_fn(params, probe)
         updates, state = optimiser.update(
             grads,
             state,
             params,
             value=value,
             grad=grads,
-            value_fn=lambda params: value_fn(params)[0],
+            value_fn=lambda params: value_fn(params, probe)[0],
         )
         params: Any = optax.apply_updates(params, updates)
         model = after(eqx.combine(params, others, static))
         params = eqx.filter(model, eqx.is_inexact_array)
-        return (params, state), record
+        return (params, state), (record, backward.metrics(status))
 
     train = jax.jit(jax.vmap(train, in_axes=(0, 0, None)))
     carry = params, jax.vmap(optimiser.init)(params)
@@ -154,18 +162,26 @@ def fit(
     chunk = max(n for n in range(1, longest + 1) if num_steps % n == 0)
     inputs = jnp.arange(num_steps) if inputs is None else inputs
     records = []
+    patience = backward.Patience(backward_patience)
     with progress.bar(num_steps, name) as done:
         for start in range(0, num_steps, chunk):
             some = jax.tree.map(lambda x: x[start : start + chunk], inputs)
-            carry, record = train(carry, others, some)
+            carry, (record, solves) = train(carry, others, some)
             last = jax.tree.map(lambda x: x[:, -1], record)
             if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(last)):
                 raise UserError(
                     f"{name}: the loss is not finite after step {start + chunk}. "
                     "Try a smaller learning rate or another seed"
                 )
+            solves = jax.tree.map(np.asarray, solves)
+            for k in range(chunk):
+                line = {name: np.mean(x[:, k]) for name, x in solves.items()}
+                patience.watch(line, start + k)
             records.append(record)
-            done(chunk, **{k: float(jnp.mean(v)) for k, v in last.items()})
+            shown = {k: float(jnp.mean(v)) for k, v in last.items()}
+            if np.any(solves["backward_solves"] > 0):
+                shown["backward_failed"] = float(np.mean(solves["backward_failed"]))
+            done(chunk, **shown)
     records = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *records)
     return eqx.combine(carry[0], others, static), records
 

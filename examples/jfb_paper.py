@@ -118,6 +118,7 @@ def run(config: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             after=eqi.advance_spectral_norms,
             augment=augment if setting.augment else None,
             diagnose=diagnose,
+            backward_patience=None,  # A method that fails is a result.
         )
         metrics, _, _ = loop.train(
             task,

@@ -156,6 +156,7 @@ def train(name, method, config, data, seed):
         at_step=ft.partial(at_step, pretrain_steps),
         for_prediction=without_adjoint,
         diagnose=diagnose,
+        backward_patience=None,  # A method that fails is a result.
     )
     plain = "".join(c if c.isalnum() else "-" for c in name).strip("-")
     metrics, _, _ = loop.train(

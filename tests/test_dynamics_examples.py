@@ -4,6 +4,7 @@ import json
 
 import allen_cahn
 import dynamics
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lotka_volterra
@@ -150,6 +151,26 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         command_line.UserError, match="test: .*not finite after step 35"
     ):
         dynamics.fit(loss, jnp.ones((2, 3)), optax.sgd(0.1), 100, name="test")
+
+
+def test_backward_solves_that_fail_for_long_end_the_training():
+    class Field(eqx.Module):
+        rates: jax.Array
+
+        def __call__(self, t, y, args):
+            return -self.rates * y
+
+    def make(rates):
+        adjoint = eqi.ImplicitAdjoint(eqi.GMRES(1e-6, 0.0, max_steps=1))
+        return eqi.ODEBlock(eqi.ThetaLayer(Field(rates), 1.0, adjoint=adjoint), 2)
+
+    def loss(block, x):
+        value = jnp.sum(block(jnp.ones(3)) ** 2)
+        return value, {"loss": value}
+
+    models = eqx.filter_vmap(make)(jnp.array([[1.0, 2.0, 3.0], [2.0, 5.0, 7.0]]))
+    with pytest.raises(command_line.UserError, match="step 5: 50% of the backward"):
+        dynamics.fit(loss, models, optax.sgd(0.1), 20, name="test", backward_patience=6)
 
 
 def test_models_are_trained_side_by_side():

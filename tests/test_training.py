@@ -59,7 +59,7 @@ def make_task(size=8, **kwargs):
     layer = eqi.DEQ(
         Cell(0.3 * jr.normal(keys[0], (size, size))),
         eqi.Anderson(1e-4, 1e-4),
-        eqi.JFBAdjoint(),
+        kwargs.pop("adjoint", eqi.JFBAdjoint()),
     )
     encoder = Encoder(jr.normal(keys[1], (size, 4)))
     head = Head(jr.normal(keys[2], (3, size)))
@@ -108,6 +108,7 @@ def test_it_learns_and_a_step_is_compiled_once_for_each_function_of_the_schedule
     assert traces == ["short", "long"]
     assert metrics[0]["evaluations"] == 3 and metrics[-1]["evaluations"] > 4
     assert metrics[-1]["test_accuracy"] > 0.9
+    assert not any(name.startswith("backward") for name in metrics[0])
 
 
 def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
@@ -134,6 +135,26 @@ def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
         train(task, data, tmp_path / "loss")
     assert (tmp_path / "run" / "checkpoint.eqx").read_bytes() == before
     assert np.array_equal(good, data.train.images)
+
+
+@pytest.mark.parametrize("max_steps, finds", ((20, True), (2, False)))
+def test_backward_solves_are_logged_and_end_a_run_in_which_they_fail(
+    data, tmp_path, max_steps, finds
+):
+    adjoint = eqi.ImplicitAdjoint(eqi.GMRES(1e-5, 0.0, max_steps=max_steps))
+    task = make_task(adjoint=adjoint, backward_patience=7)
+    if not finds:
+        # The second of five steps of the second epoch.
+        message = "step 6: 100% of the backward.* each of the last 7 steps"
+        with pytest.raises(command_line.UserError, match=message):
+            train(task, data, tmp_path / "run")
+    else:
+        train(task, data, tmp_path / "run")
+    (first, *_) = saved_metrics(tmp_path / "run")
+    assert first["backward_solves"] == 8
+    assert first["backward_failed"] == (0 if finds else 1)
+    assert (first["backward_residual"] < 1e-5) == finds
+    assert 1 <= first["backward_products"] <= max_steps
 
 
 def test_a_run_that_diverges_later_keeps_the_epochs_before(data, tmp_path):

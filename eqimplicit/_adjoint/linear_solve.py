@@ -92,12 +92,16 @@ def _status(matvec, b, solved, like):
         num_products = num_products + 1
     failed = ~is_zero & ~(solved.is_found & all_finite(solved.value))
     residual = jnp.where(is_zero, 0, residual / jnp.where(is_zero, 1, size))
-    cast = lambda x, like: jnp.asarray(x).astype(like.dtype)
+
+    def spread(x, like):
+        """Over a probe of several entries, so that they sum up to it."""
+        return jnp.full_like(like, jnp.asarray(x).astype(like.dtype) / like.size)
+
     return BackwardStatus(
-        num_solves=jnp.ones_like(like.num_solves),
-        num_failed=cast(failed, like.num_failed),
-        residual=cast(residual, like.residual),
-        num_products=cast(num_products, like.num_products),
+        num_solves=spread(1, like.num_solves),
+        num_failed=spread(failed, like.num_failed),
+        residual=spread(residual, like.residual),
+        num_products=spread(num_products, like.num_products),
     )
 
 

@@ -1,5 +1,6 @@
+import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -82,12 +83,15 @@ def backward_probe(shape: tuple[int, ...] = ()) -> BackwardStatus:
 class AbstractProbedLayer(eqx.Module):
     """A layer that can report of its backward solves."""
 
-    # The name of the field with the function in its equation.
-    equation_field: ClassVar[str]
+    @abc.abstractmethod
+    def report_to(self, probe: BackwardStatus) -> Any:
+        """The layer with a probe in its equation."""
 
 
 class Probed(eqx.Module):
-    """A function in an equation, with the probe of the layer that solves it."""
+    """A function in an equation, with the probe of the layer that solves it. It has the
+    attributes of the function.
+    """
 
     function: Callable
     probe: BackwardStatus
@@ -98,6 +102,11 @@ class Probed(eqx.Module):
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name in ("function", "probe"):
+            raise AttributeError(name)
+        return getattr(self.function, name)
 
 
 def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
@@ -115,21 +124,22 @@ def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
     The same pytree, whose layers report to the probe.
     """
 
-    def put(layer):
-        if not _is_layer(layer):
-            return layer
-        where = lambda layer: getattr(layer, layer.equation_field)
-        return eqx.tree_at(where, layer, Probed(where(layer), probe))
-
+    put = lambda node: node.report_to(probe) if _is_layer(node) else node
     return jtu.tree_map(put, tree, is_leaf=_is_layer)
+
+
+def without_probe(tree: PyTree[Any]) -> PyTree[Any]:
+    """With the functions in the equations as they were."""
+    unwrap = lambda node: node.function if _is_probed(node) else node
+    return jtu.tree_map(unwrap, tree, is_leaf=_is_probed)
+
+
+def _is_probed(node):
+    return isinstance(node, Probed)
 
 
 def _is_layer(node):
     return isinstance(node, AbstractProbedLayer)
-
-
-def is_probe(node: Any) -> bool:
-    return isinstance(node, BackwardStatus)
 
 
 def tangent_of_probe(tree: PyTree[Any], tangents: PyTree[Any]) -> Any:
@@ -144,5 +154,5 @@ def tangent_of_probe(tree: PyTree[Any], tangents: PyTree[Any]) -> Any:
 
 
 def _find(tree):
-    nodes = jtu.tree_leaves(tree, is_leaf=lambda node: isinstance(node, Probed))
-    return next((node.probe for node in nodes if isinstance(node, Probed)), None)
+    nodes = jtu.tree_leaves(tree, is_leaf=_is_probed)
+    return next((node.probe for node in nodes if _is_probed(node)), None)

@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, with_probe
+from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, Probed
 from .._misc import as_state, check_callable
 from .._parametrisation.base import resolve
 from .._parametrisation.untrained import untrained
@@ -57,13 +57,14 @@ class DEQ(AbstractProbedLayer):
     throw: bool = eqx.field(default=False, static=True)
     init: Callable | None = None
 
-    equation_field: ClassVar[str] = "cell"
-
     def __check_init__(self):
         check_callable("cell", self.cell, "cell(z, x)")
         if self.init is not None:
             check_callable("init", self.init, "init(x)")
         check_solve_arguments(self.solver, self.adjoint, self.max_steps)
+
+    def report_to(self, probe: BackwardStatus) -> Any:
+        return eqx.tree_at(lambda deq: deq.cell, self, Probed(self.cell, probe))
 
     def __call__(
         self,
@@ -128,7 +129,7 @@ class DEQ(AbstractProbedLayer):
         mixed dtypes, if the cell returns anything other than its state in structure,
         shape and dtype, or if it communicates along a mapped axis.
         """
-        deq = self if probe is None else with_probe(self, probe)
+        deq = self if probe is None else self.report_to(probe)
         return _solve(deq, x, z0, key, state)
 
 

@@ -11,7 +11,7 @@ import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import Array, Float, PyTree
 
-from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, with_probe
+from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, Probed, with_probe
 from .._custom_types import Y
 from .._layer.base import check_same_structure, finish, solve_cell, SolveOptions
 from .._misc import as_state, check_callable, check_positive, state_dtype
@@ -131,7 +131,9 @@ class AbstractImplicitLayer(AbstractResidualLayer, AbstractProbedLayer):
     it in their own ways.
     """
 
-    equation_field: ClassVar[str] = "vector_field"
+    def report_to(self, probe: BackwardStatus) -> Any:
+        probed = Probed(self.vector_field, probe)
+        return eqx.tree_at(lambda layer: layer.vector_field, self, probed)
 
     @abc.abstractmethod
     def equation(

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .._adjoint.probe import BackwardStatus, is_probe, with_probe
+from .._adjoint.probe import AbstractProbedLayer, BackwardStatus
 from .._custom_types import Y
 from .._misc import (
     accumulation_dtype,
@@ -30,7 +30,7 @@ from .sequential import run, run_reversibly, scan, ScanInputs
 from .times import check_times, Steps, steps_between
 
 
-class ODEBlock(eqx.Module):
+class ODEBlock(AbstractProbedLayer):
     """Applies an implicit residual layer again and again: a discretised differential
     equation, with one step for each layer.
 
@@ -91,6 +91,16 @@ class ODEBlock(eqx.Module):
                         "with `equinox.filter_vmap` over as many keys."
                     )
 
+    def report_to(self, probe: BackwardStatus) -> Any:
+        if not isinstance(self.layer, AbstractProbedLayer):
+            return self
+        if self.stacked:
+            # Summed again, as all that is broadcast is differentiated.
+            spread = lambda x: jnp.broadcast_to(x, (self.num_steps, *x.shape))
+            probe = jtu.tree_map(spread, probe)
+        layer = self.layer.report_to(probe)
+        return eqx.tree_at(lambda block: block.layer, self, layer)
+
     def __call__(
         self,
         y0: Y,
@@ -123,7 +133,7 @@ class ODEBlock(eqx.Module):
         traced, the states after them are NaN.
         """
         if probe is not None:
-            return with_probe(self, probe)(y0, t0, args, ts=ts)
+            return self.report_to(probe)(y0, t0, args, ts=ts)
         if self.parallel:
             states = self.solve(y0, t0, args, ts=ts).value
             return jtu.tree_map(lambda x: x[-1], states)
@@ -161,7 +171,7 @@ class ODEBlock(eqx.Module):
         """
         t0, ts = self._checked_times(t0, ts)
         steps = None if ts is None else steps_between(ts)
-        block = self if probe is None else with_probe(self, probe)
+        block = self if probe is None else self.report_to(probe)
         return _solve(block, y0, t0, steps, args)
 
     def _checked_times(self, t0, ts):
@@ -323,8 +333,7 @@ def _equal_times(block, t0):
 def _inputs(block, y0, t0, steps, args):
     y0 = as_state(y0)
     if block.stacked:
-        # All layers have the same probe.
-        stack, shared = eqx.partition(block.layer, eqx.is_array, is_leaf=is_probe)
+        stack, shared = eqx.partition(block.layer, eqx.is_array)
     else:
         check_scalar_step(block.layer.step_size)
         # Resolved only once.

@@ -13,7 +13,10 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 
+import eqimplicit as eqi
+
 from . import (
+    backward,
     curves,
     devices,
     image_data,
@@ -47,6 +50,8 @@ class Task(NamedTuple):
     - `diagnose`: `diagnose(model, state, images, labels)` returns more metrics of an
         epoch, from a batch of training images.
     - `smoothing`: that of the labels in the loss.
+    - `backward_patience`: after how many steps in a row in which most backward solves
+        have failed the run ends, or None for never.
     - `warm_start`: whether each solve of a training image starts from its last one:
         `forward` then takes a `z0`, and returns a `solution`.
     """
@@ -61,6 +66,7 @@ class Task(NamedTuple):
     augment: Callable[[Any, Any], Any] | None = None
     diagnose: Callable[..., dict[str, Any]] | None = None
     smoothing: float = 0.0
+    backward_patience: int | None = 200
     warm_start: bool = False
 
 
@@ -70,12 +76,14 @@ def cast(tree: Any, dtype: str) -> Any:
     )
 
 
-def _loss(model, state, images, labels, key, task, adapt, precision, z0):
+def _loss(model_and_probe, state, images, labels, key, task, adapt, precision, z0):
+    model, probe = model_and_probe
     model = adapt(model)
     if task.augment is not None:
         images = task.augment(jr.fold_in(key, 1), images)
     # The arrays that are optimised keep their dtype, and so do batch statistics.
     model, images = cast((model, images), precision)
+    model = eqi.with_probe(model, probe)
     forward = task.forward if z0 is None else ft.partial(task.forward, z0=z0)
     output = forward(model, state, images, key)
     penalty = jnp.mean(jnp.asarray(output.penalty, jnp.float32))
@@ -101,9 +109,11 @@ def train_step(arrays, images, labels, key, task, adapt, precision, z0=None):
     given the guess `z0` the solution."""
     model, state, opt_state = arrays
     grad_fn = eqx.filter_grad(_loss, has_aux=True)
-    grads, (state, metrics, nonfinite, solution) = grad_fn(
-        model, state, images, labels, key, task, adapt, precision, z0
+    probed = model, eqi.backward_probe()
+    (grads, status), (state, metrics, nonfinite, solution) = grad_fn(
+        probed, state, images, labels, key, task, adapt, precision, z0
     )
+    metrics |= backward.metrics(status)
     params = eqx.filter(model, eqx.is_inexact_array)
     updates, opt_state = task.optimiser.update(grads, opt_state, params)
     model = task.after(eqx.apply_updates(model, updates))
@@ -193,10 +203,11 @@ def _train(task, data, options, folder, title, experiment):
         else:
             _print(f"{folder}: resuming after epoch {len(metrics)}.")
     arrays = devices.replicate(arrays)
+    patience = backward.Patience(task.backward_patience)
 
     for epoch in range(len(metrics) + 1, options.epochs + 1):
         start = time.perf_counter()
-        arrays, line = _epoch(task, data, options, folder, epoch, arrays)
+        arrays, line = _epoch(task, data, options, folder, epoch, arrays, patience)
         model, state, *_ = arrays
         test_ranks = ranks(
             task, model, state, data, data.test, options.batch_size, options.precision
@@ -220,7 +231,7 @@ def _train(task, data, options, folder, title, experiment):
     return metrics, arrays[0], arrays[1]
 
 
-def _epoch(task, data, options, folder, epoch, arrays):
+def _epoch(task, data, options, folder, epoch, arrays, patience):
     key = jr.fold_in(jr.key(options.seed), epoch)
     order = np.asarray(jr.permutation(key, len(data.train.labels)))
     num_steps = options_module.steps_per_epoch(options, len(order))
@@ -250,10 +261,12 @@ def _epoch(task, data, options, folder, epoch, arrays):
             # The step before, so that the device need not wait for the next.
             if i > 0:
                 _check_finite(lines[-2], nonfinite[-2], step - 1, epoch, folder)
+                patience.watch(lines[-2], step - 1)
             done()
     _check_finite(lines[-1], nonfinite[-1], epoch * num_steps - 1, epoch, folder)
+    patience.watch(lines[-1], epoch * num_steps - 1)
     means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
-    return (*trained, store), means
+    return (*trained, store), backward.known(means)
 
 
 def _check_finite(line, nonfinite, step, epoch, folder):
