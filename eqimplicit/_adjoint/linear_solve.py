@@ -84,7 +84,7 @@ def _tie(tree, other):
 def _status(matvec, b, solved, like):
     size = two_norm(b)
     is_zero = size == 0
-    num_products = _count_products(solved.stats, b.size)
+    num_products = count_products(solved.stats, b.size)
     if "residual" in solved.stats:
         residual = solved.stats["residual"]
     else:
@@ -98,16 +98,17 @@ def _status(matvec, b, solved, like):
         return jnp.full_like(like, jnp.asarray(x).astype(like.dtype) / like.size)
 
     return BackwardStatus(
-        num_solves=spread(1, like.num_solves),
+        # One for each example of a batch, all of which have their own cotangent.
+        num_solves=spread(is_zero | ~is_zero, like.num_solves),
         num_failed=spread(failed, like.num_failed),
         residual=spread(residual, like.residual),
         num_products=spread(num_products, like.num_products),
     )
 
 
-def _count_products(stats, size):
-    # The iterative solvers of Lineax count steps only; its direct ones count nothing.
-    return stats.get("num_products", jnp.nan if stats else size)
+def count_products(stats: dict[str, Any], size: int) -> Any:
+    """NaN for the iterative solvers of Lineax, which count steps only."""
+    return stats.get("num_products", jnp.nan if "num_steps" in stats else size)
 
 
 class LinearSolve(eqx.Module):
@@ -132,11 +133,17 @@ class LinearSolve(eqx.Module):
             operator,
             vector,
             probe,
-            ft.partial(self._solve, self.tags),
-            ft.partial(self._solve, lx.transpose_tags(self.tags)),
+            ft.partial(self.solve, self.tags),
+            ft.partial(self.solve, lx.transpose_tags(self.tags)),
         )
 
-    def _solve(self, tags, matvec, vector):
+    def solve(
+        self,
+        tags: frozenset[object],
+        matvec: Callable[[Vector], Vector],
+        vector: Vector,
+    ) -> Solved:
+        """Of one vector, as it is."""
         structure = jax.eval_shape(lambda: vector)
         operator = lx.FunctionLinearOperator(matvec, structure, tags)
         solver = stop_gradient(self.solver)

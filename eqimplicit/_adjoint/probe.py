@@ -115,7 +115,8 @@ def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
 
     **Arguments:**
 
-    - `tree`: any pytree, for example a model with several implicit layers.
+    - `tree`: any pytree, for example a model with several implicit layers. (Not one of
+        models that are stacked for a `jax.vmap`: use this inside of that.)
     - `probe`: an [`eqimplicit.backward_probe`][], or what was made of one by `jax.vmap`
         or `jax.grad`.
 
@@ -128,25 +129,28 @@ def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
     return jtu.tree_map(put, tree, is_leaf=_is_layer)
 
 
-def without_probe(tree: PyTree[Any]) -> PyTree[Any]:
-    """With the functions in the equations as they were."""
-    unwrap = lambda node: node.function if _is_probed(node) else node
-    return jtu.tree_map(unwrap, tree, is_leaf=_is_probed)
-
-
-def _is_probed(node):
-    return isinstance(node, Probed)
-
-
 def _is_layer(node):
     return isinstance(node, AbstractProbedLayer)
 
 
-def tangent_of_probe(tree: PyTree[Any], tangents: PyTree[Any]) -> Any:
-    """That of the probe in an equation, given everything that enters it; or None, if
-    there is no probe or it is not differentiated.
+def split_probe(function: Callable) -> tuple[Callable, BackwardStatus | None]:
+    """The function in an equation as it was, and the probe of the layer, if any."""
+    if isinstance(function, Probed):
+        return function.function, function.probe
+    return function, None
+
+
+class EquationProbe(eqx.Module):
+    """Among the inputs of a solve, the probe that this solve reports to. (Others may be
+    among them, of layers inside of its equation.)
     """
-    probe, tangent = _find(tree), _find(tangents)
+
+    probe: BackwardStatus | None
+
+
+def tangent_of_probe(inputs: PyTree[Any], tangents: PyTree[Any]) -> Any:
+    """That of the probe of a solve; None if it has none or needs no derivative."""
+    probe, tangent = _find(inputs), _find(tangents)
     if len(jtu.tree_leaves(tangent)) == 0:
         return None
     full = lambda x, t: jnp.zeros_like(x) if t is None else t
@@ -154,5 +158,6 @@ def tangent_of_probe(tree: PyTree[Any], tangents: PyTree[Any]) -> Any:
 
 
 def _find(tree):
-    nodes = jtu.tree_leaves(tree, is_leaf=_is_probed)
-    return next((node.probe for node in nodes if _is_probed(node)), None)
+    is_own = lambda node: isinstance(node, EquationProbe)
+    nodes = jtu.tree_leaves(tree, is_leaf=is_own)
+    return next((node.probe for node in nodes if is_own(node)), None)

@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.base import AbstractFixedPointAdjoint
 from .._adjoint.guards import check_uncoupled
+from .._adjoint.probe import BackwardStatus, EquationProbe
 from .._misc import all_finite, check_positive_int, clone, state_dtype, stop_gradient
 from .._parametrisation.base import resolve
 from .._solver.wrapper import check_fixed_point_solver
@@ -71,7 +72,7 @@ SolveOptions.__init__.__doc__ = """**Arguments:**
 @eqx.filter_jit
 def _evaluate(z, args):
     """Traced once, however often a solver, an adjoint and a check need it."""
-    cell, x, key, state = args
+    cell, x, key, state, _ = args
     return evaluate_cell(cell, z, x, key, state)
 
 
@@ -84,17 +85,18 @@ def solve_cell(
     key: PRNGKeyArray | None = None,
     state: eqx.nn.State | None = None,
     scale: PyTree[Array] | None = None,
+    probe: BackwardStatus | None = None,
     remedy: str,
 ) -> optx.Solution:
     """Solves `z = cell(z, x)`. The `remedy` ends the message of an error about `z0`;
     for `scale` see `default_solver`.
     """
     state_dtype(z0, remedy)
-    args = (cell, x, key, state)
+    args = (cell, x, key, state, EquationProbe(probe))
     try:
         jaxpr, *output = eqx.filter_make_jaxpr(_evaluate)(z0, args)
     except (TypeError, ValueError, RuntimeError) as error:
-        error.add_note(explain_error(error, z0, *args, remedy))
+        error.add_note(explain_error(error, z0, *args[:-1], remedy))
         raise
     image, _ = eqx.combine(*output)
     check_same_structure("cell", image, z0, remedy)
@@ -149,7 +151,7 @@ def _keep_unchanged(
     """
 
     def evaluate(z, args):
-        cell, x, key, state = args
+        cell, x, key, state, _ = args
         return evaluate_cell(cell, z, x, key, state)
 
     closed, _, _ = eqx.filter_make_jaxpr(evaluate)(z0, args)

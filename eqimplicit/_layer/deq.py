@@ -9,7 +9,12 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, Probed
+from .._adjoint.probe import (
+    AbstractProbedLayer,
+    BackwardStatus,
+    Probed,
+    split_probe,
+)
 from .._misc import as_state, check_callable
 from .._parametrisation.base import resolve
 from .._parametrisation.untrained import untrained
@@ -135,16 +140,18 @@ class DEQ(AbstractProbedLayer):
 
 @eqx.filter_jit
 def _solve(deq: DEQ, x, z0, key, state):
+    cell, probe = split_probe(deq.cell)
     if z0 is None:
         zeros_like = ft.partial(jtu.tree_map, jnp.zeros_like)
         z0 = zeros_like(x) if deq.init is None else resolve(deq.init)(x)
     return solve_cell(
-        resolve(deq.cell),
+        resolve(cell),
         x,
         as_state(z0),
         SolveOptions(deq.solver, deq.adjoint, deq.max_steps, deq.throw, "DEQ"),
         key=key,
         state=state,
+        probe=probe,
         remedy="Pass `z0`, or an `init`, that matches what the cell returns.",
     )
 

@@ -8,7 +8,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from .._adjoint.probe import without_probe
+from .._adjoint.probe import split_probe
 from .._misc import (
     accumulation_dtype,
     as_state,
@@ -149,7 +149,8 @@ def trajectory_penalty(
         )
         total = jnp.trapezoid(values, passed)
     if block.stacked and not _is_zero(variation_weight):
-        variation = total_variation(without_probe(block.layer.vector_field))
+        field, _ = split_probe(block.layer.vector_field)
+        variation = total_variation(field)
         total = total + variation_weight / steps**2 * variation
     return total
 

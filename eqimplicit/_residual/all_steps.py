@@ -8,7 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._custom_types import Vector
 from .._misc import ravel
@@ -45,6 +45,8 @@ def are_states(z: PyTree[Any], y: PyTree[Any]) -> bool:
 
 
 def _are_stages(z, y):
+    if _shapes(z) == _shapes(y):
+        return False
     number = {leaf.shape[:1] for leaf in jtu.tree_leaves(z)}
     stages = lambda leaf: jax.ShapeDtypeStruct((*max(number), *leaf.shape), leaf.dtype)
     return len(number) == 1 and _shapes(z) == _shapes(jtu.tree_map(stages, y))
@@ -79,27 +81,49 @@ class Step(eqx.Module):
     def guess(self, y: Array) -> Array:
         return self.ravel(self.equation(y).guess)
 
-    def judge(self, z, image, new_z, y, new_y):
-        """The residual, and whether it meets its tolerance; over their tolerances the
-        larger of the steps of the unknowns and of the new state; and whether both are
-        lost in rounding.
+    def judge(
+        self, y: Array, now: Unknowns, image: Unknowns, new: Unknowns
+    ) -> "Judgement":
+        """Of the unknowns `now`, given the state before the step, the images of `now`,
+        and the unknowns that follow.
         """
-        (old, after), (_, unravel_y) = y, ravel(self.like)
-        equation = self.equation(old)
-        _, unravel = ravel_unknowns(equation.guess, self.like)
-        size, steps = unravel_y(old), []
-        for before, then, scale in (
-            (unravel(z), unravel(new_z), equation.scale(size)),
-            (unravel_y(after), unravel_y(new_y), size),
+        _, unravel_y = ravel(self.like)
+        equation = self.equation(y)
+        _, unravel_z = ravel_unknowns(equation.guess, self.like)
+        size, parts = unravel_y(y), []
+        for unravel, rows, scale in (
+            (unravel_z, (now.z, image.z, new.z), equation.scale(size)),
+            (unravel_y, (now.y, image.y, new.y), size),
         ):
-            solver, _ = self.layer.options.or_defaults(before, scale)
-            error = measure(solver, before, then).error
-            steps.append((error, is_rounding(before, then)))
-        solver, _ = self.layer.options.or_defaults(equation.guess, equation.scale(size))
-        measured = measure(solver, unravel(z), unravel(image))
-        (error_z, rests_z), (error_y, rests_y) = steps
-        error, at_rest = jnp.maximum(error_z, error_y), rests_z & rests_y
-        return measured.residual, measured.converged, error, at_rest
+            start, target, end = map(unravel, rows)
+            solver, _ = self.layer.options.or_defaults(start, scale)
+            measured = measure(solver, start, target)
+            parts.append(
+                Judgement(
+                    measured.residual,
+                    measured.converged,
+                    measure(solver, start, end).error,
+                    is_rounding(start, end),
+                )
+            )
+        of_z, of_y = parts
+        return Judgement(
+            of_z.residual,
+            of_z.is_solved & of_y.is_solved,
+            jnp.maximum(of_z.error, of_y.error),
+            of_z.at_rest & of_y.at_rest,
+        )
+
+
+class Judgement(NamedTuple):
+    """The residual of a step, and whether it meets its tolerance; the length of the
+    step of Newton's method over its tolerance, and whether that is lost in rounding.
+    """
+
+    residual: Float[Array, "..."]
+    is_solved: Bool[Array, "..."]
+    error: Float[Array, "..."]
+    at_rest: Bool[Array, "..."]
 
 
 def over_steps(inputs: ScanInputs, function: Any, *rows: Any) -> Any:

@@ -11,7 +11,13 @@ import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import Array, Float, PyTree
 
-from .._adjoint.probe import AbstractProbedLayer, BackwardStatus, Probed, with_probe
+from .._adjoint.probe import (
+    AbstractProbedLayer,
+    BackwardStatus,
+    Probed,
+    split_probe,
+    with_probe,
+)
 from .._custom_types import Y
 from .._layer.base import check_same_structure, finish, solve_cell, SolveOptions
 from .._misc import as_state, check_callable, check_positive, state_dtype
@@ -155,7 +161,8 @@ class AbstractImplicitLayer(AbstractResidualLayer, AbstractProbedLayer):
 
     def solve_equation(self, equation: StepEquation, y: PyTree[Any]) -> optx.Solution:
         """The solution of a step from `y`, of which `value` is the new state."""
-        solution = solve_unknowns(equation, as_state(y), self.options)
+        _, probe = split_probe(self.vector_field)
+        solution = solve_unknowns(equation, as_state(y), self.options, probe)
         value = equation.new_state(solution.value)
         return finish(value, solution.result, solution.stats, self.options)
 
@@ -227,7 +234,10 @@ def prepare(
 
 
 def solve_unknowns(
-    equation: StepEquation, y: PyTree[Array], options: SolveOptions
+    equation: StepEquation,
+    y: PyTree[Array],
+    options: SolveOptions,
+    probe: BackwardStatus | None = None,
 ) -> optx.Solution:
     """The solution `z` of a step's equation."""
     return solve_cell(
@@ -236,6 +246,7 @@ def solve_unknowns(
         equation.guess,
         options,
         scale=equation.scale(y),
+        probe=probe,
         remedy="Pass a `z0` like `y`.",
     )
 

@@ -123,7 +123,7 @@ def diagonal_blocks(operator: LinearMap, like: Unknowns) -> Blocks:
     return Blocks.of(columns, num_stages)
 
 
-def count_products(like: Unknowns, dense: bool) -> int:
+def num_block_products(like: Unknowns, dense: bool) -> int:
     """How many products with the operator its blocks take."""
     num_unknowns, size = like.z.shape[-1], like.y.shape[-1]
     if dense:

@@ -12,6 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from .._adjoint.implicit import ImplicitAdjoint
+from .._adjoint.probe import EquationProbe, split_probe
 from .._adjoint.rules import apply_implicit_rule
 from .._layer.base import finish
 from .._layer.defaults import is_small
@@ -33,7 +34,8 @@ from .sequential import ScanInputs
 from .times import stay_if_still
 
 
-# Newton's method takes five to seven steps where it is of use at all.
+# Newton's method takes five to seven steps where it is of use at all, with inexact
+# ones up to fifteen.
 _MAX_STEPS = 20
 
 
@@ -85,19 +87,21 @@ def _newton(inputs: ScanInputs, max_steps: int) -> _Newton:
     y = jnp.broadcast_to(y0, (num_steps, *y0.shape))
     z = over_steps(inputs, lambda step, y: step.guess(y), y)
 
-    def judge(unknowns, distance, new):
-        before = states_before(inputs, unknowns.y)
-        rows = unknowns.z, unknowns.z + distance.z, new.z, (before, unknowns.y), new.y
+    def judge(now, image, new):
+        rows = states_before(inputs, now.y), now, image, new
         return over_steps(inputs, lambda step, *row: step.judge(*row), *rows)
 
     def improve(state):
         unknowns = state.unknowns
         distance, product = jax.linearize(lambda u: change(u, inputs), unknowns)
         operator = lambda v: jtu.tree_map(jnp.negative, product(v))
-        step = newton_step(operator, distance)
-        new = jtu.tree_map(jnp.add, unknowns, step)
-        residual, is_solved, error, at_rest = judge(unknowns, distance, new)
+        step = newton_step(operator, distance, unknowns)
+        image = jtu.tree_map(jnp.add, unknowns, distance)
+        new = jtu.tree_map(jnp.add, unknowns, step.value)
+        residual, is_solved, error, at_rest = judge(unknowns, image, new)
         is_solved = is_solved & (state.num_steps > 0)
+        # That of a linear solve that has stagnated is short as well.
+        at_rest = at_rest & step.is_found
         # As in `RootAsFixedPoint` one short step is no proof, and less so from a guess
         # that is the same for all steps; and the iterate after it is the better one.
         if exact:
@@ -173,7 +177,7 @@ def _one_by_one(inputs: ScanInputs, start: _Newton) -> tuple[Unknowns, dict[str,
 def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
     """As a scan over the steps, whose `value` are the states after them."""
     layer: Any = eqx.combine(inputs.stack, inputs.shared)
-    options = layer.options
+    options, (_, probe) = layer.options, split_probe(layer.vector_field)
 
     _check_is_componentwise(inputs)
 
@@ -193,11 +197,11 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
     )
 
     def solve(everything):
-        primal, _, _, inputs = everything[0]
+        primal, _, _, inputs, _ = everything[0]
         return primal(inputs)
 
     def rewrite(unknowns, residual, everything):
-        _, distance, _, inputs = everything[0]
+        _, distance, _, inputs, _ = everything[0]
         return distance(unknowns, inputs)
 
     adjoint = options.adjoint or ImplicitAdjoint()
@@ -205,8 +209,8 @@ def run_in_parallel(inputs: ScanInputs) -> optx.Solution:
         adjoint,
         solve,
         rewrite,
-        ((primal, distance, one_step, inputs),),
-        TrajectorySolve(adjoint.throw),
+        ((primal, distance, one_step, inputs, EquationProbe(probe)),),
+        TrajectorySolve(adjoint.linear_solver, adjoint.throw),
         exact=True,
     )
     y = keep_still(inputs, unknowns.y)
