@@ -180,12 +180,7 @@ def _train(task, data, options, folder, title, experiment):
     if options.precision == "float64":
         model, state = cast((model, state), "float64")
     opt_state = task.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
-    store = None
-    if task.warm_start:
-        images, _ = data.normalise(data.train, np.arange(options.batch_size))
-        inputs = cast((model, jnp.asarray(images)), options.precision)
-        size = len(data.train.labels)
-        store = warm_start.cold(task.forward, inputs[0], state, inputs[1], size)
+    store = _cold_store(task, model, state, data, options) if task.warm_start else None
     arrays, metrics = (model, state, opt_state, store), []
     resumed = run_folder.resume(folder, record, arrays)
     if resumed is not None:
@@ -231,11 +226,17 @@ def _train(task, data, options, folder, title, experiment):
     return metrics, arrays[0], arrays[1]
 
 
+def _cold_store(task, model, state, data, options):
+    batch, _ = data.normalise(data.train, np.arange(options.batch_size))
+    model, batch = cast((model, jnp.asarray(batch)), options.precision)
+    return warm_start.cold(task.forward, model, state, batch, len(data.train.labels))
+
+
 def _epoch(task, data, options, folder, epoch, arrays, patience):
     key = jr.fold_in(jr.key(options.seed), epoch)
     order = np.asarray(jr.permutation(key, len(data.train.labels)))
     num_steps = options_module.steps_per_epoch(options, len(order))
-    *trained, store = arrays
+    trained, store = arrays[:3], arrays[3]
     lines, nonfinite = [], []
     is_quiet = not devices.is_first()
     with progress.bar(num_steps, f"epoch {epoch}", leave=False, quiet=is_quiet) as done:
@@ -245,7 +246,7 @@ def _epoch(task, data, options, folder, epoch, arrays, patience):
             images, labels, own = devices.divide(batch)
             step = (epoch - 1) * num_steps + i
             trained, line, bad, solution = train_step(
-                tuple(trained),
+                trained,
                 images,
                 labels,
                 jr.fold_in(key, i),
