@@ -269,6 +269,14 @@ def test_one_time_and_solvers_without_a_residual():
     assert jnp.allclose(block(y0), (0.95 / 1.05) ** 10, rtol=1e-5)
 
 
+def test_states_of_numbers():
+    layer = eqi.ThetaLayer(lambda t, y, a: jax.tree.map(jnp.negative, y), step_size=0.1)
+    y0 = {"a": jnp.array(1.0), "b": jnp.array(2.0)}
+    in_turn, at_once = (block(y0) for block in blocks(layer, 5))
+    assert jnp.allclose(at_once["b"], in_turn["b"], rtol=1e-9)
+    assert jnp.allclose(at_once["a"], (0.95 / 1.05) ** 5, rtol=1e-9)
+
+
 def test_a_step_of_nothing_where_the_field_has_no_value():
     field = lambda t, y, args: -y + jnp.where(t == 0.2, jnp.nan, 0.0)
     ts = jnp.array([0.0, 0.1, 0.2, 0.2, 0.35])

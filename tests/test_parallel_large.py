@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 import pytest
 
@@ -179,6 +180,90 @@ def test_what_is_not_found_at_once_is_found_step_by_step(getkey):
     assert jnp.all(at_once.result == optx.RESULTS.successful)
     assert relative_error(at_once.value, in_turn.value) < 1e-6
     assert relative_error(actual, expected) < 1e-6
+
+
+def test_a_linear_solve_that_stagnates_is_no_solution(getkey):
+    """Rotations, on which GMRES with a short memory makes no progress: a step that it
+    leaves short says nothing.
+    """
+    matrix = jr.normal(getkey(), (SIZE, SIZE)) / SIZE**0.5
+    matrix, y0 = matrix - matrix.T, jr.normal(getkey(), (SIZE,))
+    field = lambda t, y, speed: speed * (matrix @ y) + jnp.sin(y)
+
+    @jax.jit
+    def run(speed):
+        solutions = [
+            block.solve(y0, args=speed)
+            for block in blocks(eqi.ThetaLayer(field, 0.5, 0.1), 6)
+        ]
+        return [(s.value, s.result == optx.RESULTS.successful) for s in solutions]
+
+    for speed, found in ((30.0, True), (300.0, False)):
+        (expected, all_found), (actual, found_too) = run(jnp.array(speed))
+        assert jnp.array_equal(all_found, found_too)
+        assert bool(jnp.all(found_too)) == found
+        if found:
+            assert relative_error(actual, expected) < 1e-6
+
+
+def test_gradients_that_vanish_along_a_trajectory_are_right_in_each_step(getkey):
+    weight = jr.normal(getkey(), (SIZE, SIZE)) / SIZE**0.5
+
+    class Field(eqx.Module):
+        bias: jax.Array
+
+        def __call__(self, t, y, args):
+            return -6 * y + 2 * jnp.tanh(weight @ y + self.bias)
+
+    make_layer = lambda key: eqi.ThetaLayer(Field(jr.normal(key, (SIZE,))), 0.5, 0.2)
+    layers = eqx.filter_vmap(make_layer)(jr.split(getkey(), 30))
+    y0 = jr.normal(getkey(), (SIZE,))
+
+    @jax.jit
+    def run(bias):
+        def loss(bias, parallel):
+            field = eqx.tree_at(lambda l: l.vector_field.bias, layers, bias)
+            block = eqi.ODEBlock(field, 30, stacked=True, parallel=parallel)
+            return jnp.sum(block(y0) ** 2)
+
+        return [jax.grad(loss)(bias, parallel) for parallel in (False, True)]
+
+    expected, actual = run(layers.vector_field.bias)
+    sizes = jnp.linalg.norm(expected, axis=1)
+    assert sizes[0] < 1e-12 * sizes[-1]
+    assert jnp.all(jnp.linalg.norm(actual - expected, axis=1) < 1e-7 * sizes)
+
+
+def test_what_is_left_is_left_to_the_linear_solver_of_the_layer(getkey):
+    """On stiff diffusion with long steps, for which the docs advise an LU."""
+    y0 = jr.normal(getkey(), (SIZE,))
+
+    def field(t, y, diffusion):
+        return diffusion * (jnp.roll(y, 1) + jnp.roll(y, -1) - 2 * y) - y**3
+
+    newton = optx.Newton(1e-10, 1e-10, linear_solver=lx.LU())
+    layer = eqi.ThetaLayer(
+        field,
+        1.0,
+        0.1,
+        solver=eqi.RootAsFixedPoint(newton, judge_step=True, refine=True),
+        adjoint=eqi.ImplicitAdjoint(lx.LU()),
+    )
+
+    @jax.jit
+    def run(diffusion):
+        def loss(diffusion, probe, parallel):
+            block = blocks(layer, 10)[parallel]
+            return jnp.sum(block(y0, args=diffusion, probe=probe) ** 2)
+
+        probe = eqi.backward_probe()
+        return [
+            jax.grad(loss, (0, 1))(diffusion, probe, parallel)
+            for parallel in (False, True)
+        ]
+
+    (expected, _), (actual, status) = run(jnp.array(1e5))
+    assert jnp.allclose(actual, expected, rtol=1e-6) and status.found
 
 
 class Odd(eqi.AbstractImplicitLayer):

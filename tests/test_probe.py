@@ -152,6 +152,85 @@ def test_sums_over_layers_examples_and_steps(getkey):
     assert jtu.tree_all(jtu.tree_map(jnp.allclose, total, status))
 
 
+class Outer(eqx.Module):
+    """A cell that solves an equation itself."""
+
+    inner: eqi.DEQ
+
+    def __call__(self, z, x):
+        return 0.3 * jnp.tanh(self.inner(0.5 * z + x))
+
+
+def test_a_probe_is_that_of_one_layer(getkey):
+    """Not of the one around it, nor of one that is among its arguments; and it counts
+    each example also where that is all that is differentiated.
+    """
+    x = jr.normal(getkey(), (4, 6))
+    weight = matrix_of_norm(getkey(), 6, 0.2)
+    layer = eqi.DEQ(lambda z, x: jnp.tanh(weight @ z + x))
+    field = eqi.ThetaLayer(lambda t, y, deq: -deq(y), step_size=0.1)
+
+    def outer(probe):
+        deq = eqi.DEQ(Outer(layer))
+        return jnp.sum(jax.vmap(lambda x: deq(x, probe=probe))(x) ** 2)
+
+    def inner(probe):
+        deq = eqi.DEQ(Outer(eqi.with_probe(layer, probe)))
+        return jnp.sum(jax.vmap(deq)(x) ** 2)
+
+    def argument(probe):
+        probed = eqi.with_probe(layer, probe)
+        step = lambda x: field(x, args=probed)
+        return jnp.sum(jax.vmap(step)(x) ** 2)
+
+    around, within, beside = jax.jit(
+        lambda p: [jax.grad(loss)(p) for loss in (outer, inner, argument)]
+    )(eqi.backward_probe())
+    assert around.num_solves == 4 and around.found
+    assert within.num_solves == 4 and beside.num_solves == 4
+
+
+class Closed(eqi.AbstractImplicitLayer):
+    """The implicit Euler method, with an equation that closes over everything."""
+
+    vector_field: eqx.Module
+    step_size: float = 0.1
+
+    is_explicit = False
+
+    @property
+    def options(self):
+        return eqi.SolveOptions(None, None, 50, False, "Closed")
+
+    def equation(self, y, t=0.0, args=None, z0=None):
+        cell = lambda z, x: y + self.step_size * self.vector_field(t, z, args)
+        same = lambda size: size
+        return eqi.StepEquation(cell, None, y, new_state=same, scale=same)
+
+    def solve(self, y, t=0.0, args=None, z0=None):
+        return self.solve_equation(self.equation(y, t, args, z0), y)
+
+
+def test_layers_of_others_report(getkey):
+    class Field(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, t, y, args):
+            return jnp.tanh(self.weight @ y)
+
+    field, y = Field(matrix_of_norm(getkey(), 3, 2.0)), jr.normal(getkey(), (3,))
+    loss = lambda layer, y, p: jnp.sum(layer(y, probe=p) ** 2)
+    expected, _, _ = gradients(loss, eqi.ThetaLayer(field, 1.0, 0.1), y)
+    plain, actual, status = gradients(loss, Closed(field), y)
+    assert relative_error(actual[0].vector_field, expected[0].vector_field) < 1e-9
+    assert relative_error(plain[1], expected[1]) < 1e-9
+    assert status.num_solves == 1 and status.found
+
+    network = eqi.FPResNet(field, 3, step_size=0.1, lipschitz=2.0)
+    _, _, status = gradients(loss, network, y)
+    assert status.num_solves == 3 and status.found
+
+
 def test_solves_that_fail_are_counted(getkey):
     """A singular one, one of too few steps, one of NaN, and one of a zero cotangent."""
     gmres = eqi.GMRES(1e-9, 0.0, max_steps=5)

@@ -180,6 +180,17 @@ def test_a_layer_takes_another_budget_without_recompilation(getkey):
     assert counts == [2, 5] and len(traces) == num_traces
 
 
+def test_arrays_that_a_compiled_function_closes_over(getkey):
+    weight, x = problem(getkey())
+    solver, cell = eqi.Picard(1e-9, 1e-9), lambda z, x: jnp.tanh(weight @ z + x)
+    for wrapped in (
+        lambda: eqi.Budget(solver, jnp.array(3)),
+        lambda: eqi.Budget(eqi.Patience(solver, 3, jnp.array(0.9)), 3),
+    ):
+        solution = jax.jit(lambda x: eqi.DEQ(cell, wrapped()).solve(x))(x)
+        assert solution.stats["num_steps"] == 3
+
+
 def test_the_backward_solve_takes_a_budget(getkey):
     matrix = jnp.eye(6) - matrix_of_norm(getkey(), 6, 0.7)
     operator, b = lx.MatrixLinearOperator(matrix), jr.normal(getkey(), (6,))
@@ -215,6 +226,13 @@ def test_patience_ends_a_solve_that_stagnates(name):
     assert jnp.allclose(at_value, np.nanmin(residuals), rtol=1e-6)
 
 
+def test_a_layer_that_throws_says_that_patience_has_run_out():
+    solver = eqi.Patience(eqi.Picard(1e-9, 1e-9), 4)
+    deq = eqi.DEQ(lambda z, x: z + x, solver, throw=True)
+    with pytest.raises(RuntimeError, match="ceased to shrink. The residual is about"):
+        jax.block_until_ready(deq(jnp.ones(2)))
+
+
 def test_the_best_iterate_is_returned(getkey):
     """Of an expansion, the first; never one that is not finite; and NaN if none is."""
     weight = 3 * jnp.eye(2)
@@ -230,9 +248,11 @@ def test_the_best_iterate_is_returned(getkey):
     solution = solve(leaves, best, jnp.array([1.0]), jnp.array(20.0))
     assert solution.result == RESULTS.nonfinite
     assert solution.value == 1 and solution.stats["residual"] == 3
-    solution = solve(leaves, best, jnp.array([1.0]), jnp.array(0.0))
-    assert solution.result == RESULTS.nonfinite
-    assert jnp.all(jnp.isnan(solution.value))
+    for solver in (best, eqi.BestSoFar(optx.FixedPointIteration(1e-9, 1e-9))):
+        solution = solve(leaves, solver, jnp.array([1.0]), jnp.array(0.0))
+        assert solution.result == RESULTS.nonfinite
+        assert jnp.all(jnp.isnan(solution.value))
+        assert jnp.isnan(solution.stats["residual"])
 
 
 class Counter(eqx.Module):

@@ -83,12 +83,14 @@ def throw_unless_found(
         "the solver broke down",
         "the maximum number of steps was reached",
         "a value was not finite",
+        "the residual has ceased to shrink",
     )
     is_reason = [
         result == optx.RESULTS.nonlinear_max_steps_reached,
         result == optx.RESULTS.nonfinite,
+        result == optx.RESULTS.nonlinear_divergence,
     ]
-    reason = jnp.select(is_reason, [1, 2], 0)
+    reason = jnp.select(is_reason, [1, 2, 3], 0)
     messages = [
         f"`{name}` did not solve its equation: {reason}. The residual {size}. With "
         "`throw=False` the layer returns what it has, and `solve` says what happened."

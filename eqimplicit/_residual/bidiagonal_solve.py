@@ -61,8 +61,12 @@ def _by_gmres(
     sizes: Float[Array, "steps 1"],
 ) -> Solved:
     """In units of the sizes, so that the steps with small ones count as well."""
-    scale = lambda u: jtu.tree_map(lambda x: (x * sizes).astype(x.dtype), u)
-    unscale = lambda u: jtu.tree_map(lambda x: (x / sizes).astype(x.dtype), u)
+
+    def multiply(u, factors):
+        by = lambda x: (x.astype(factors.dtype) * factors).astype(x.dtype)
+        return jtu.tree_map(by, u)
+
+    scale, unscale = lambda u: multiply(u, sizes), lambda u: multiply(u, 1 / sizes)
     flat, unravel = ravel(unscale(vector))
     correct = lambda v: precondition(scale(unravel(v)))
     system = lx.FunctionLinearOperator(

@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._adjoint.neumann import NeumannAdjoint
+from .._adjoint.probe import BackwardStatus
 from .._custom_types import Y
 from .._misc import check_positive
 from .._parametrisation.base import resolve
@@ -145,7 +146,14 @@ class FPResNet(eqx.Module):
         """
         return 2 + self._num_factors(residual / self._atol)
 
-    def __call__(self, y0: Y, t0: Any = 0.0, args: PyTree[Any] = None) -> Y:
+    def __call__(
+        self,
+        y0: Y,
+        t0: Any = 0.0,
+        args: PyTree[Any] = None,
+        *,
+        probe: BackwardStatus | None = None,
+    ) -> Y:
         """As [`eqimplicit.ODEBlock`][], of which `block` is one: it has the trajectory
         and the statistics. (With `ts` the guarantees hold for steps no longer than
         `step_size`.)
@@ -155,12 +163,13 @@ class FPResNet(eqx.Module):
         - `y0`: the initial state, a pytree of floating arrays of one dtype.
         - `t0`: the initial time.
         - `args`: passed to the vector field.
+        - `probe`: as for [`eqimplicit.ODEBlock`][].
 
         **Returns:**
 
         The state after the last layer.
         """
-        return self.block(y0, t0, args)
+        return self.block(y0, t0, args, probe=probe)
 
 
 def _default_tolerance(vector_field):

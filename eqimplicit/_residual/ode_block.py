@@ -278,7 +278,8 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     used). On stable fields five to seven iterations do, whatever `num_steps`; where the
     whole trajectory is not found in 20, as on chaotic and on very stiff fields, the
     steps are made one after the other (in `stats`, `in_parallel` tells, and `num_steps`
-    are the iterations).
+    are the iterations). Only then are they made by the `solver` of the
+    layer, of which otherwise only the tolerances count.
 
     States of up to 64 unknowns have their Jacobian, by a product for each: work and
     memory grow with the cube and the square of their number, for each step. Larger ones

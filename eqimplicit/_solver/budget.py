@@ -2,6 +2,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Int
 
@@ -9,6 +10,13 @@ from .._custom_types import Aux, Y
 from .._misc import check_positive_int, is_concrete
 from .measure import Measurement
 from .wrapper import AbstractSolverWrapper, Evaluation, stop_early
+
+
+def _check_array(num_steps: Any) -> None:
+    if not jnp.issubdtype(num_steps.dtype, jnp.integer):
+        raise TypeError(f"`num_steps` must be an integer. Got {num_steps!r}.")
+    if is_concrete(num_steps) and np.any(np.asarray(num_steps) < 1):
+        raise ValueError(f"`num_steps` must be at least 1. Got {num_steps!r}.")
 
 
 class Budget(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
@@ -88,10 +96,3 @@ class Budget(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
         is_spent = own >= jnp.maximum(self.num_steps, 1)
         reason = optx.RESULTS.nonlinear_max_steps_reached
         return stop_early(is_spent, terminate, result, reason)
-
-
-def _check_array(num_steps: Any) -> None:
-    if not jnp.issubdtype(num_steps.dtype, jnp.integer):
-        raise TypeError(f"`num_steps` must be an integer. Got {num_steps!r}.")
-    if is_concrete(num_steps) and jnp.any(num_steps < 1):
-        raise ValueError(f"`num_steps` must be at least 1. Got {num_steps!r}.")

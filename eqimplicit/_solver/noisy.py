@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.lax as lax
@@ -7,12 +6,23 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._custom_types import Aux, Y
 from .._misc import check_not_negative
 from .measure import measure, Measurement
-from .wrapper import AbstractSolverWrapper, Evaluation, WrapperState
+from .wrapper import AbstractSolverWrapper, Concluded, Evaluation
+
+
+def _is_key(key):
+    if not isinstance(key, jax.Array):
+        return False
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+
+
+def _normal(leaves, key):
+    keys = jr.split(key, len(leaves))
+    return [jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
 
 
 class Noisy(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
@@ -73,53 +83,24 @@ class Noisy(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
     ) -> Int[Array, ""]:
         return own + 1
 
-    def watched_step(
-        self,
-        fn: Callable,
-        y: Y,
-        args: PyTree[Any],
-        options: dict[str, Any],
-        state: WrapperState[Int[Array, ""]],
-        tags: frozenset[object],
-    ) -> tuple[Y, WrapperState[Int[Array, ""]], Evaluation]:
-        y = self._perturb(y, jr.fold_in(self.key, state.own))
-        return super().watched_step(fn, y, args, options, state, tags)
-
-    def _perturb(self, y, key):
+    def perturb(self, own: Int[Array, ""], y: Y) -> Y:
         leaves, treedef = jtu.tree_flatten(y)
         noisy = [
             leaf + lax.stop_gradient(jnp.asarray(self.scale, leaf.dtype)) * noise
-            for leaf, noise in zip(leaves, _normal(leaves, key))
+            for leaf, noise in zip(leaves, _normal(leaves, jr.fold_in(self.key, own)))
         ]
         return treedef.unflatten(noisy)
 
-    def postprocess(
+    def conclude(
         self,
-        fn: Callable,
-        y: Y,
-        aux: Aux,
-        args: PyTree[Any],
-        options: dict[str, Any],
-        state: WrapperState[Int[Array, ""]],
-        tags: frozenset[object],
+        own: Int[Array, ""],
         result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        _, _, stats = super().postprocess(
-            fn, y, aux, args, options, state, tags, result
-        )
-        image, aux = fn(y, args)
-        stats = {**stats, "residual": measure(self, y, image).residual}
+        solution: Concluded,
+        last: Callable[[], Evaluation],
+    ) -> Concluded:
+        evaluation = last()
+        residual = measure(self, evaluation.point, evaluation.image).residual
+        stats = {**solution.stats, "residual": residual}
         if "num_evaluations" in stats:
             stats["num_evaluations"] = stats["num_evaluations"] + 1
-        return y, aux, stats
-
-
-def _is_key(key):
-    if not isinstance(key, jax.Array):
-        return False
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
-
-
-def _normal(leaves, key):
-    keys = jr.split(key, len(leaves))
-    return [jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
+        return Concluded(evaluation.point, evaluation.aux, stats)

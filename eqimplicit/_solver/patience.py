@@ -1,20 +1,26 @@
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import Aux, Y
 from .._misc import check_positive, check_positive_int, is_concrete
-from .best_so_far import BestSoFar
-from .measure import init_measurement, Measurement
-from .wrapper import AbstractSolverWrapper, Evaluation, stop_early
+from .best_so_far import Best
+from .measure import Measurement
+from .wrapper import AbstractSolverWrapper, Concluded, Evaluation, stop_early
 
 
 class Progress(eqx.Module):
-    """The last residual that was a progress, and how many steps ago that was."""
+    """The last residual that was a progress, how many steps ago that was, and the best
+    iterate.
+    """
 
     residual: Float[Array, ""]
     num_steps: Int[Array, ""]
+    best: Best
 
 
 class Patience(AbstractSolverWrapper[Y, Aux, Progress]):
@@ -57,23 +63,22 @@ class Patience(AbstractSolverWrapper[Y, Aux, Progress]):
     def __check_init__(self):
         check_positive_int("num_steps", self.num_steps)
         check_positive("factor", self.factor)
-        if is_concrete(self.factor) and self.factor > 1:
+        if is_concrete(self.factor) and np.asarray(self.factor) > 1:
             raise ValueError(f"`factor` must be at most 1. Got {self.factor!r}.")
 
-    @property
-    def _inner(self) -> BestSoFar:
-        return BestSoFar(self.solver)
-
     def start(self, y: Y, aux: Aux) -> Progress:
-        return Progress(init_measurement(y).residual, jnp.array(0))
+        best = Best.start(y, aux)
+        return Progress(best.residual, jnp.array(0), best)
 
     def watch(
         self, own: Progress, evaluation: Evaluation, measurement: Measurement
     ) -> Progress:
-        has_shrunk = measurement.residual <= self.factor * own.residual
+        residual = measurement.residual
+        has_shrunk = residual <= self.factor * own.residual
         return Progress(
-            jnp.where(has_shrunk, measurement.residual, own.residual),
+            jnp.where(has_shrunk, residual, own.residual),
             jnp.where(has_shrunk, 0, own.num_steps + 1),
+            own.best.or_better(evaluation, residual),
         )
 
     def judge(
@@ -82,3 +87,8 @@ class Patience(AbstractSolverWrapper[Y, Aux, Progress]):
         is_lost = own.num_steps >= self.num_steps
         reason = optx.RESULTS.nonlinear_divergence
         return stop_early(is_lost, terminate, result, reason)
+
+    def conclude(
+        self, own: Progress, result: optx.RESULTS, solution: Concluded, last: Callable
+    ) -> Concluded:
+        return own.best.unless_successful(result, solution)

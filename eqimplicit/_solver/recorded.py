@@ -1,4 +1,4 @@
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from .._custom_types import Aux, Y
 from .._misc import check_positive_int
 from .measure import init_measurement, Measurement
-from .wrapper import AbstractSolverWrapper, Evaluation
+from .wrapper import AbstractSolverWrapper, Concluded, Evaluation
 
 
 class Record(eqx.Module):
@@ -68,10 +68,7 @@ class Recorded(AbstractSolverWrapper[Y, Aux, Record]):
         return Record(residuals, own.num_steps + 1)
 
     def conclude(
-        self,
-        own: Record,
-        result: optx.RESULTS,
-        solution: tuple[Y, Aux, dict[str, Any]],
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        value, aux, stats = solution
-        return value, aux, {**stats, "residuals": own.residuals}
+        self, own: Record, result: optx.RESULTS, solution: Concluded, last: Callable
+    ) -> Concluded:
+        stats = {**solution.stats, "residuals": own.residuals}
+        return solution._replace(stats=stats)

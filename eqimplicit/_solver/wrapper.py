@@ -58,12 +58,25 @@ class _Watcher(eqx.Module):
     def postprocess(self, fn, y, aux, *rest):
         aux = Evaluation(y, y, aux)
         y, aux, stats = self.solver.postprocess(_Watched(fn), y, aux, *rest)
-        return y, aux.aux, stats
+        return Concluded(y, aux.aux, stats)
+
+
+class Concluded(NamedTuple):
+    """What a solve returns."""
+
+    value: PyTree[Array]
+    aux: PyTree[Any]
+    stats: dict[str, Any]
 
 
 class WrapperState(eqx.Module, Generic[Own]):
     inner: PyTree[Any]
     own: Own
+
+
+def _zeros(struct):
+    is_array = isinstance(struct, jax.ShapeDtypeStruct)
+    return jnp.zeros(struct.shape, struct.dtype) if is_array else struct
 
 
 class AbstractSolverWrapper(
@@ -84,6 +97,10 @@ class AbstractSolverWrapper(
     def watch(self, own: Own, evaluation: Evaluation, measurement: Measurement) -> Own:
         """What is known after a step that made an evaluation."""
 
+    def perturb(self, own: Own, y: Y) -> Y:
+        """What is evaluated next, in place of the iterate."""
+        return y
+
     def judge(
         self, own: Own, terminate: Bool[Array, ""], result: optx.RESULTS
     ) -> optx.RESULTS:
@@ -91,9 +108,11 @@ class AbstractSolverWrapper(
         return result
 
     def conclude(
-        self, own: Own, result: optx.RESULTS, solution: tuple[Y, Aux, dict[str, Any]]
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        """The value, the auxiliary output and the stats, given those of the solver."""
+        self, own: Own, result: optx.RESULTS, solution: Concluded, last: Callable
+    ) -> Concluded:
+        """What to return, given what the solver returns; `last()` evaluates the last
+        proposal.
+        """
         return solution
 
     @property
@@ -135,6 +154,7 @@ class AbstractSolverWrapper(
         state: WrapperState[Own],
         tags: frozenset[object],
     ) -> tuple[Y, WrapperState[Own], Evaluation]:
+        y = self.perturb(state.own, y)
         new_y, inner, evaluation = self._inner.watched_step(
             fn, y, args, options, state.inner, tags
         )
@@ -182,12 +202,8 @@ class AbstractSolverWrapper(
         solution = self._inner.postprocess(
             fn, y, aux, args, options, state.inner, tags, result
         )
-        return self.conclude(state.own, result, solution)
-
-
-def _zeros(struct):
-    is_array = isinstance(struct, jax.ShapeDtypeStruct)
-    return jnp.zeros(struct.shape, struct.dtype) if is_array else struct
+        last = lambda: Evaluation(y, *fn(y, args))
+        return self.conclude(state.own, result, Concluded(*solution), last)
 
 
 def check_fixed_point_solver(solver: Any) -> None:
