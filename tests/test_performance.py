@@ -217,6 +217,7 @@ def test_small_systems_call_no_library(size, calls, parallel, platform):
         "convergence",
         "remedies",
         "trajectories",
+        "wrappers",
     ],
 )
 def test_benchmarks_run(tmp_path, name):

@@ -12,7 +12,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from training import command_line, image_data, loop, options, warm_start
+from training import classifiers, command_line, image_data, loop, options, warm_start
 
 from .test_processes import free_port
 from .test_training import data as data, make_task, parameters, train
@@ -109,6 +109,17 @@ def test_a_store_that_does_not_fit_the_data_is_refused(data, tmp_path):
     with pytest.raises(command_line.UserError, match="stored-solutions 40, not 32"):
         train(task, data, tmp_path / "run", epochs=1)
     assert (tmp_path / "run" / "checkpoint.eqx").read_bytes() == before
+
+
+def test_a_network_without_a_solution_is_refused():
+    with pytest.raises(command_line.UserError, match="needs a network with an impl"):
+        warm_start.cold(
+            lambda model, state, images, key: classifiers.Output(images, None, {}),
+            None,
+            None,
+            jnp.zeros((2, 3)),
+            10,
+        )
 
 
 def test_the_solutions_of_a_batch_are_taken_and_put_by_their_indices():

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 
 from . import devices
 from .classifiers import Output
+from .command_line import UserError
 
 
 def cold(
@@ -21,6 +22,8 @@ def cold(
     """The store of so many images before any of them was solved: zeros, from which a
     layer without an `init` starts. `images` are a batch of them."""
     output = eqx.filter_eval_shape(forward, model, state, images, jr.key(0))
+    if output.solution is None:
+        raise UserError("a warm start needs a network with an implicit layer")
     return jax.tree.map(
         lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), output.solution
     )
