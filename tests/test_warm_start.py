@@ -87,10 +87,10 @@ def test_a_resumed_run_starts_from_the_same_solutions(
     assert checkpoints[-1][1][3].dtype == jnp.dtype(precision)
     run_epoch = loop._epoch
 
-    def stop_in_the_third(task, data, options, folder, epoch, arrays):
+    def stop_in_the_third(task, data, options, folder, epoch, *rest):
         if epoch == 3:
             raise KeyboardInterrupt
-        return run_epoch(task, data, options, folder, epoch, arrays)
+        return run_epoch(task, data, options, folder, epoch, *rest)
 
     monkeypatch.setattr(loop, "_epoch", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -29,7 +29,8 @@ class BackwardStatus(eqx.Module):
 
 BackwardStatus.__init__.__doc__ = r"""**Arguments:**
 
-- `num_solves`: how many backward solves ran.
+- `num_solves`: how many backward solves ran. (Where the examples of a `jax.vmap` share
+    their equation, as those of an affine cell may, one serves them all.)
 - `num_failed`: how many of them did not meet their tolerance, broke down, or returned
     what is not finite.
 - `residual`: $\|g - (I - J)^\top w\|_2 / \|g\|_2$, of the cotangent $g$ and what the
@@ -46,9 +47,10 @@ def backward_probe(shape: tuple[int, ...] = ()) -> BackwardStatus:
     respect to it is the [`eqimplicit.BackwardStatus`][].
 
     Works under `jax.jit`, `jax.vmap` and in `jax.lax.scan`, without a host callback.
-    The layer's own values and gradients are as they are without it. The layers in turn
-    report of [`eqimplicit.ImplicitAdjoint`][] and [`eqimplicit.NeumannAdjoint`][];
-    adjoints without a backward solve leave the status zero, as do those of Optimistix.
+    The layer's own values and gradients are as they are without it. What is reported are
+    the backward solves of [`eqimplicit.ImplicitAdjoint`][] and
+    [`eqimplicit.NeumannAdjoint`][]; adjoints without any leave the status zero, as do
+    those of Optimistix.
 
     Costs, where it is differentiated, at most one product with $J^\\top$ for each
     backward solve, to measure the residual of solvers that do not report it, and
