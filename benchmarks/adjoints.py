@@ -64,6 +64,7 @@ def _implicit(tolerance):
 FAMILIES: dict[str, Callable[[float], optx.AbstractAdjoint]] = {
     "Neumann": lambda k: eqi.NeumannAdjoint(int(k)),
     "Phantom, damping 0.5": lambda k: eqi.PhantomAdjoint(int(k), damping=0.5),
+    "Adaptive Neumann": lambda share: eqi.AdaptiveNeumannAdjoint(share, 200),
     "Implicit": _implicit,
     "Implicit, GMRES": lambda tol: eqi.ImplicitAdjoint(eqi.GMRES(tol, 0.0)),
     "Optimistix, GMRES": lambda tol: optx.ImplicitAdjoint(lx.GMRES(tol, tol)),
@@ -162,7 +163,45 @@ def memory(small: bool) -> list[Row]:
     return rows
 
 
-TABLES = {"work-precision": work_precision, "memory": memory}
+def roulette(small: bool) -> list[Row]:
+    """The randomised series against as many terms of the plain one: the error of its
+    mean over many draws, and of a single draw.
+    """
+    size, batch, draws = (16, 4, 20) if small else (64, 16, 2000)
+    rows = []
+    for map, gain in MAPS.items():
+        cell, x = make_problem(gain, size, batch)
+        exact = exact_gradient(cell, x)
+        whole = np.linalg.norm(exact)
+        z = eqx.filter_jit(make_layer(cell, eqi.JFBAdjoint()))(x)
+        for mean_terms in (5, 10, 20):
+
+            def gradient(key, mean_terms=mean_terms, cell=cell, x=x, z=z):
+                adjoint = eqi.RandomisedNeumannAdjoint(mean_terms, key=key)
+                loss = lambda cell: loss_fn(make_layer(cell, adjoint), x, z)
+                return eqx.filter_grad(loss)(cell).weight
+
+            keys = jr.split(jr.key(2), draws)
+            found = np.asarray(jax.jit(lambda k: jax.lax.map(gradient, k))(keys))
+            plain = make_layer(cell, eqi.NeumannAdjoint(mean_terms))
+            fixed = eqx.filter_jit(eqx.filter_grad(loss_fn))(plain, x, z).cell.weight
+            error = lambda gradient: float(np.linalg.norm(gradient - exact) / whole)
+            rows.append(
+                {
+                    "map": map,
+                    "terms": mean_terms,
+                    "Neumann": error(np.asarray(fixed)),
+                    "mean of the draws": error(np.mean(found, axis=0)),
+                    "a draw, median": float(np.median([error(one) for one in found])),
+                    "a draw, root mean square": float(
+                        np.mean([error(one) ** 2 for one in found]) ** 0.5
+                    ),
+                }
+            )
+    return rows
+
+
+TABLES = {"work-precision": work_precision, "memory": memory, "roulette": roulette}
 
 
 def draw(results, figure):

@@ -1,4 +1,7 @@
 from . import models as models
+from ._adjoint.adaptive_neumann import (
+    AdaptiveNeumannAdjoint as AdaptiveNeumannAdjoint,
+)
 from ._adjoint.implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._adjoint.jfb import JFBAdjoint as JFBAdjoint
 from ._adjoint.neumann import NeumannAdjoint as NeumannAdjoint
@@ -7,6 +10,9 @@ from ._adjoint.probe import (
     backward_probe as backward_probe,
     BackwardStatus as BackwardStatus,
     with_probe as with_probe,
+)
+from ._adjoint.randomised_neumann import (
+    RandomisedNeumannAdjoint as RandomisedNeumannAdjoint,
 )
 from ._diagnostics.contraction import (
     contraction_factor as contraction_factor,

@@ -178,6 +178,27 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must not be negative or NaN. Got {value!r}.")
 
 
+def check_at_least(name: str, value: Any, bound: int) -> None:
+    _check_finite_number(name, value)
+    if is_concrete(value) and not np.all(np.asarray(value) >= bound):
+        raise ValueError(f"`{name}` must be at least {bound}. Got {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    _check_finite_number(name, value)
+    inside = lambda x: (np.asarray(x) > 0) & (np.asarray(x) < 1)
+    if is_concrete(value) and not np.all(inside(value)):
+        raise ValueError(f"`{name}` must be between 0 and 1. Got {value!r}.")
+
+
+def check_key(key: Any) -> None:
+    is_key = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise TypeError(f"`key` must be a `jax.random.key`. Got {key!r}.")
+
+
 def check_tolerances(rtol: Any, atol: Any) -> None:
     """`rtol` may be None, for a default, and `atol` a pytree, one for each unknown."""
     rtol = 1.0 if rtol is None else rtol

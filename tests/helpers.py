@@ -43,6 +43,9 @@ APPROXIMATE_ADJOINTS: dict[str, Callable] = {
     "JFB": lambda: eqi.JFBAdjoint(),
     "Neumann": lambda: eqi.NeumannAdjoint(num_terms=5, damping=0.5),
     "Phantom": lambda: eqi.PhantomAdjoint(num_steps=5, damping=0.5),
+    # So tight that it is the inverse.
+    "Adaptive": lambda: eqi.AdaptiveNeumannAdjoint(1e-12, 1000),
+    "Randomised": lambda: eqi.RandomisedNeumannAdjoint(3, key=jr.key(1)),
 }
 
 ADJOINTS = {**EXACT_ADJOINTS, **APPROXIMATE_ADJOINTS}
@@ -53,6 +56,8 @@ INVERSES: dict[str, Callable] = {
     "JFB": lambda J: jnp.eye(len(J)),
     "Neumann": lambda J: neumann_sum(J, 5, 0.5),
     "Phantom": lambda J: neumann_sum(J, 5, 0.5),
+    "Adaptive": lambda J: jnp.linalg.inv(jnp.eye(len(J)) - J),
+    "Randomised": lambda J: roulette_sum(J, 3, jr.key(1)),
 }
 
 
@@ -64,6 +69,19 @@ def neumann_sum(jacobian, num_terms, damping):
         term = term @ matrix
         total = total + term
     return damping * total
+
+
+def roulette_sum(jacobian, mean_terms, key):
+    """The sum over as many terms as the key says, by the definition."""
+    survival = 1 - 1 / mean_terms
+    uniform = jr.uniform(key, minval=jnp.finfo(jnp.float32).tiny)
+    term = total = jnp.eye(len(jacobian))
+    probability = survival
+    while uniform < probability:
+        term = term @ jacobian
+        total = total + term / probability
+        probability = probability * survival
+    return total
 
 
 def tanh_map(z, args):

@@ -15,7 +15,7 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import relative_error
+from .helpers import relative_error, slow_but
 
 
 def theta_layer(theta, form):
@@ -96,7 +96,11 @@ def points(size, num_examples=6):
 
 # The default solver is another one above 64 unknowns.
 CASES = [
-    (name, 5) if "0.25" not in name else pytest.param(name, 5, marks=pytest.mark.slow)
+    pytest.param(
+        name,
+        5,
+        marks=[] if name in ("theta 0.5, midpoint", "Radau 2") else pytest.mark.slow,
+    )
     for name in SCHEMES
 ] + [
     ("theta 0.5, midpoint", 1),
@@ -146,7 +150,9 @@ def test_the_default_solver_is_as_good_as_a_tight_one(name, size):
         assert jnp.all(in_precision[precision] <= allowed)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", slow_but(SCHEMES, "theta 0.25, midpoint", "theta 0.5, midpoint", "Radau 2")
+)
 def test_order_in_the_step(name):
     make, order = SCHEMES[name]
     field = lambda t, y, args: y * jnp.cos(t) ** 2 - y**3

@@ -8,6 +8,8 @@ import pytest
 
 import eqimplicit as eqi
 
+from .helpers import slow_but
+
 
 @pytest.fixture(scope="module")
 def compilations():
@@ -62,7 +64,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", slow_but(CALLS, "DEQ", "ThetaLayer", "ODEBlock", "ODEBlock, gradient")
+)
 def test_a_second_eager_call_compiles_nothing(name, compilations):
     call, xs = CALLS[name], jnp.linspace(0.1, 1.0, 12).reshape(4, 3)
     others = xs + 1

@@ -14,7 +14,7 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import matrix_of_norm, relative_error, SOLVERS
+from .helpers import matrix_of_norm, relative_error, slow_but, SOLVERS
 
 
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -188,7 +188,7 @@ ADJOINTS = {
 }
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("adjoint", slow_but(ADJOINTS, "Implicit"))
 @pytest.mark.parametrize("name", SOLVERS)
 def test_an_input_that_is_not_a_number_has_no_answer(name, adjoint, getkey):
     weight = matrix_of_norm(getkey(), 4, 0.5)

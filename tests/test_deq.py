@@ -11,6 +11,8 @@ import pytest
 import eqimplicit as eqi
 from eqimplicit._layer.base import check_solve_arguments
 
+from .helpers import slow_but
+
 
 SIZE = 5
 
@@ -391,8 +393,8 @@ def test_a_batch_of_one_is_a_row_of_the_batch_when_statistics_are_frozen():
     [
         ("Picard", "LU"),
         ("Newton", "default"),
-        ("Broyden", "Anderson"),
-        ("Anderson", "Neumann"),
+        pytest.param("Broyden", "Anderson", marks=pytest.mark.slow),
+        pytest.param("Anderson", "Neumann", marks=pytest.mark.slow),
         ("Anderson", "Phantom"),
     ],
 )
@@ -413,7 +415,7 @@ def test_the_gradient_of_a_batch_that_is_one_state(solver, adjoint):
 # Gradients
 
 
-@pytest.mark.parametrize("adjoint", ["default", "LU", "Phantom"])
+@pytest.mark.parametrize("adjoint", slow_but(["default", "LU", "Phantom"], "LU"))
 def test_a_nested_layer_has_the_gradient_of_finite_differences(adjoint):
     cell, x = problem()
     inner_weight = 0.6 * jnp.roll(cell.weight, 1, 0)

@@ -12,7 +12,7 @@ import pytest
 import eqimplicit as eqi
 from eqimplicit import models
 
-from .helpers import directional_difference, random_like, tree_dot
+from .helpers import directional_difference, random_like, slow_but, tree_dot
 
 
 _exact = ft.partial(
@@ -97,7 +97,9 @@ def test_the_jfb_networks_and_their_exact_gradient(make, getkey):
     assert not jnp.allclose(training(x, key=getkey()), net(x))
 
 
-@pytest.mark.parametrize("make", [models.jfb_svhn, models.jfb_cifar10])
+@pytest.mark.parametrize(
+    "make", slow_but([models.jfb_svhn, models.jfb_cifar10], models.jfb_svhn)
+)
 def test_batch_norm_takes_the_batch_as_one_state(make, getkey):
     small = {"channels": (2, 2, 4)} if make is models.jfb_svhn else {"channels": 4}
     net, state = eqx.nn.make_with_state(make)((12, 12, 3), **small, key=getkey())

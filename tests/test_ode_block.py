@@ -10,7 +10,7 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import directional_difference, random_like, tree_dot
+from .helpers import directional_difference, random_like, slow_but, tree_dot
 
 
 class Field(eqx.Module):
@@ -158,7 +158,7 @@ def test_steps_of_their_own_length(getkey):
     assert jnp.allclose(block.times(1.0), jnp.array([1.0, 1.1, 1.4, 1.6]), rtol=1e-15)
 
 
-@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("stacked", slow_but((False, True), True))
 def test_the_gradient_of_a_reversible_block_is_that_of_stored_states(stacked, getkey):
     stored = _stacked(getkey(), 6)
     if not stacked:

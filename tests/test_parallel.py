@@ -213,7 +213,7 @@ def test_what_is_refused():
         eqi.ODEBlock(eqi.ThetaLayer(field), 3, reversible=True, parallel=True)
 
 
-@pytest.mark.parametrize("parallel", (False, True))
+@pytest.mark.parametrize("parallel", slow_but((False, True), True))
 def test_a_field_may_close_over_what_is_differentiated(parallel):
     def loss(rate):
         layer = eqi.ThetaLayer(lambda t, y, args: -rate * jnp.sin(y), step_size=0.1)

@@ -161,6 +161,7 @@ class Outer(eqx.Module):
         return 0.3 * jnp.tanh(self.inner(0.5 * z + x))
 
 
+@pytest.mark.slow
 def test_a_probe_is_that_of_one_layer(getkey):
     """Not of the one around it, nor of one that is among its arguments; and it counts
     each example also where that is all that is differentiated.

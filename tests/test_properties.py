@@ -241,7 +241,13 @@ def check_pair(index, dtype, num_cases):
         run()
 
 
-@pytest.mark.parametrize("index", range(len(PAIRS)), ids=map(", ".join, PAIRS))
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(i, id=", ".join(pair), marks=[pytest.mark.slow] * (i % 2))
+        for i, pair in enumerate(PAIRS)
+    ],
+)
 def test_double_precision(index, num_cases):
     check_pair(index, np.float64, num_cases)
 

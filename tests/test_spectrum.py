@@ -159,7 +159,12 @@ def _largest_norm(matrices):
 
 @pytest.mark.parametrize("name", _TRAININGS)
 @pytest.mark.parametrize(
-    "dtype, num_steps", ((jnp.float64, 5), (jnp.float32, 1), (jnp.bfloat16, 5))
+    "dtype, num_steps",
+    (
+        pytest.param(jnp.float64, 5, marks=pytest.mark.slow),
+        (jnp.float32, 1),
+        pytest.param(jnp.bfloat16, 5, marks=pytest.mark.slow),
+    ),
 )
 def test_the_bound_holds_while_a_weight_moves(name, dtype, num_steps, getkey):
     first, last = _TRAININGS[name](getkey())

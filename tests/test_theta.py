@@ -9,7 +9,13 @@ import pytest
 
 import eqimplicit as eqi
 
-from .helpers import compiled_text, directional_difference, random_like, tree_dot
+from .helpers import (
+    compiled_text,
+    directional_difference,
+    random_like,
+    slow_but,
+    tree_dot,
+)
 
 
 THETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -83,7 +89,7 @@ def test_stiff_steps_are_found_in_single_precision(form, theta, rate, getkey):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("theta", slow_but(THETAS, 0.5))
 def test_derivatives_by_finite_differences(theta, form, getkey):
     field, y = _field(getkey())
     weights = random_like(getkey(), y)

@@ -14,6 +14,7 @@ import optax
 import pytest
 from training import classifiers, command_line, image_data, loop, options, warm_start
 
+from .helpers import slow_but
 from .test_processes import free_port
 from .test_training import data as data, make_task, parameters, train
 
@@ -74,7 +75,9 @@ def test_only_the_first_epoch_is_as_without_and_the_next_ones_are_shorter(
     assert not any(name.startswith("[3]") for name in arrays)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "precision", slow_but(["float32", "bfloat16", "float64"], "float32")
+)
 def test_a_resumed_run_starts_from_the_same_solutions(
     data, tmp_path, monkeypatch, checkpoints, precision
 ):

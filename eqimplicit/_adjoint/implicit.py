@@ -2,8 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Int, PyTree
 
@@ -13,7 +11,7 @@ from .._linear_solver.neumann_krylov import NeumannKrylov
 from .._linear_solver.neumann_series import NeumannSeries
 from .base import AbstractFixedPointAdjoint
 from .guards import check_fixed_point
-from .linear_solve import LinearSolve, negate_tags
+from .linear_solve import LinearSolve, negate_tags, num_products_of
 from .rules import apply_implicit_rule
 
 
@@ -79,11 +77,7 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
     def count_products(
         self, operator: LinearMap, cotangent: PyTree[Array]
     ) -> Int[Array, ""]:
-        structure = jax.eval_shape(lambda: cotangent)
-        system = lx.FunctionLinearOperator(operator, structure)
-        state = self.linear_solver.init(system, {})
-        _, _, stats = self.linear_solver.compute(state, cotangent, {})
-        return jnp.asarray(stats.get("num_products", -1))
+        return num_products_of(self.linear_solver, operator, cotangent)
 
 
 ImplicitAdjoint.__init__.__doc__ = """**Arguments:**

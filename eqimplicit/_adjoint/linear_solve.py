@@ -111,6 +111,26 @@ def count_products(stats: dict[str, Any], size: int) -> Any:
     return stats.get("num_products", jnp.nan if "num_steps" in stats else size)
 
 
+def num_products_of(
+    solver: lx.AbstractLinearSolver, operator: LinearMap, cotangent: PyTree[Array]
+) -> Any:
+    """How many a solve takes, or -1 for a solver that does not count them."""
+    structure = jax.eval_shape(lambda: cotangent)
+    system = lx.FunctionLinearOperator(operator, structure)
+    _, _, stats = solver.compute(solver.init(system, {}), cotangent, {})
+    return jnp.asarray(stats.get("num_products", -1))
+
+
+def throw_if(value: PyTree[Array], failed: Bool[Array, ""]) -> PyTree[Array]:
+    message = (
+        "The backward solve of an `eqimplicit.ImplicitAdjoint` did not finish: the "
+        "maximum number of steps of its `linear_solver` was reached (which is not the "
+        "`max_steps` of the layer), or it broke down. With `throw=False` the gradient "
+        "is what it has."
+    )
+    return eqx.error_if(value, failed, message)
+
+
 class LinearSolve(eqx.Module):
     """Applies a Lineax solver to a linear map. It raises only on demand. (A
     differentiated `lineax.linear_solve` always raises on failure, by means of a host
@@ -157,7 +177,7 @@ class LinearSolve(eqx.Module):
                 all_finite(solution), result, lx.RESULTS.breakdown
             )
             failed = (result != lx.RESULTS.successful) & ~is_zero
-            solution = result.error_if(solution, failed)
+            solution = throw_if(solution, failed)
         value = jnp.where(is_zero, 0, solution)
         return Solved(value, result == lx.RESULTS.successful, stats)
 

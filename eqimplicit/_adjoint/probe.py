@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._misc import is_concrete
+
 
 class BackwardStatus(eqx.Module):
     """How backward solves went, in sums over all that there were: over the layers that
     share a probe, the examples of a `jax.vmap`, the steps of a block. It is the
     gradient of a loss with respect to an [`eqimplicit.backward_probe`][].
 
-    All are zero where no backward solve ran.
+    All are zero where no backward solve ran. Printed, it is a line of means over the
+    solves. It says nothing of the forward solves, nor how far the series of a
+    [`eqimplicit.NeumannAdjoint`][] is from the exact gradient, but by its `residual`.
     """
 
     num_solves: Float[Array, "..."]
@@ -25,6 +29,18 @@ class BackwardStatus(eqx.Module):
     def found(self) -> Bool[Array, "..."]:
         """Whether there were backward solves, and all have finished."""
         return (self.num_solves > 0) & (self.num_failed == 0)
+
+    def __str__(self):
+        if not is_concrete(self.num_solves) or self.num_solves.ndim > 0:
+            return repr(self)
+        if self.num_solves == 0:
+            return "no backward solves"
+        return (
+            f"{self.num_solves:.0f} backward solves, "
+            f"{self.num_failed / self.num_solves:.0%} failed, "
+            f"residual {self.residual / self.num_solves:.0e}, "
+            f"{self.num_products / self.num_solves:.1f} products"
+        ).replace("%", " %")
 
 
 BackwardStatus.__init__.__doc__ = r"""**Arguments:**
@@ -47,8 +63,8 @@ def backward_probe(shape: tuple[int, ...] = ()) -> BackwardStatus:
     respect to it is the [`eqimplicit.BackwardStatus`][].
 
     Works under `jax.jit`, `jax.vmap` and in `jax.lax.scan`, without a host callback.
-    The layer's own values and gradients are as they are without it. What is reported are
-    the backward solves of [`eqimplicit.ImplicitAdjoint`][] and
+    The values and gradients of the layer are as without it. What is reported are the
+    backward solves of [`eqimplicit.ImplicitAdjoint`][] and
     [`eqimplicit.NeumannAdjoint`][]; adjoints without any leave the status zero, as do
     those of Optimistix.
 
@@ -102,6 +118,12 @@ class Probed(eqx.Module):
     def __wrapped__(self):
         return self.function
 
+    def __check_init__(self):
+        if not isinstance(self.probe, BackwardStatus):
+            raise TypeError(
+                f"`probe` must be an `eqimplicit.backward_probe()`. Got {self.probe!r}."
+            )
+
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
 
@@ -115,6 +137,23 @@ def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
     """Puts a probe into all implicit layers of a model, as calling each of them with
     `probe=probe` does. (Not into layers inside of the cell of another layer.)
 
+    Inside of the loss, as in the example: a model that kept its probe would have it
+    trained.
+
+    !!! example
+
+        ```python
+        @eqx.filter_jit
+        def step(model, x):
+            def loss(model_and_probe):
+                model = eqi.with_probe(*model_and_probe)
+                return jnp.sum(model(x) ** 2)
+
+            pair = model, eqi.backward_probe()
+            value, (grads, status) = eqx.filter_value_and_grad(loss)(pair)
+            return value, grads, status
+        ```
+
     **Arguments:**
 
     - `tree`: any pytree, for example a model with several implicit layers. (Not one of
@@ -124,9 +163,15 @@ def with_probe(tree: PyTree[Any], probe: BackwardStatus) -> PyTree[Any]:
 
     **Returns:**
 
-    The same pytree, whose layers report to the probe.
-    """
+    The same pytree, whose layers report to the probe; one without implicit layers as it
+    is.
 
+    **Raises:** a `TypeError` if `probe` is none.
+    """
+    if not isinstance(probe, BackwardStatus):
+        raise TypeError(
+            f"`probe` must be an `eqimplicit.backward_probe()`. Got {probe!r}."
+        )
     put = lambda node: node.report_to(probe) if _is_layer(node) else node
     return jtu.tree_map(put, tree, is_leaf=_is_layer)
 

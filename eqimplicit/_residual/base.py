@@ -255,6 +255,13 @@ def as_time(t: Any) -> Any:
     """A Python number as an array, of which every value has the same program. It is
     weakly typed, and so promotes no state.
     """
+    if jnp.ndim(t) > 0:
+        raise ValueError(
+            "The time must be one number, that of the start. Got an array of shape "
+            f"{jnp.shape(t)}. The times of the states of an `ODEBlock` are passed as "
+            "`ts=...`; for a batch use `jax.vmap`; and a vector field for other "
+            "packages is its `vector_field`, not the layer itself."
+        )
     return jnp.asarray(t)
 
 

@@ -17,6 +17,7 @@ from .._adjoint.linear_solve import (
     differentiable_solve,
     LinearSolve,
     Solved,
+    throw_if,
 )
 from .._adjoint.probe import BackwardStatus
 from .._custom_types import LinearMap
@@ -162,7 +163,7 @@ class TrajectorySolve(eqx.Module):
             if self.throw:
                 # Direct solvers do not look at what they return.
                 failed = ~(solved.is_found & all_finite(value)) & jnp.any(b != 0)
-                value = lx.RESULTS.breakdown.error_if(value, failed)
+                value = throw_if(value, failed)
             products = solved.stats.get("num_products", 0) + num_products
             return Solved(value, solved.is_found, {"num_products": products})
 

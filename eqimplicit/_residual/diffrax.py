@@ -98,7 +98,8 @@ def diffrax_solver(layer: AbstractResidualLayer) -> "diffrax.AbstractSolver":
     if not isinstance(layer, AbstractResidualLayer):
         raise TypeError(
             "`layer` must be an `eqimplicit.AbstractResidualLayer`, for example an "
-            f"`eqimplicit.RungeKuttaLayer`. Got {layer!r}."
+            "`eqimplicit.RungeKuttaLayer`, or the `layer` of an `eqimplicit.ODEBlock`. "
+            f"Got {layer!r}."
         )
     if not layer.is_one_step or layer.order is None:
         raise ValueError(

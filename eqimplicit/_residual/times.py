@@ -33,8 +33,8 @@ def check_times(ts: Any) -> np.ndarray | Array:
     """
     if not isinstance(ts, jax.Array):
         ts = np.asarray(ts)
-    if jnp.issubdtype(ts.dtype, jnp.complexfloating):
-        raise ValueError(f"`ts` must be real. Got dtype {ts.dtype}.")
+    if ts.dtype.kind in "cmMOSUb":
+        raise ValueError(f"`ts` must be real numbers. Got dtype {ts.dtype}.")
     if not jnp.issubdtype(ts.dtype, jnp.floating):
         ts = ts.astype(float)
     ts = at_least_single(ts)

@@ -44,6 +44,11 @@ class Budget(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
             return eqi.DEQ(cell, eqi.Budget(solver, num_steps))(x)
 
         jax.vmap(predict)(xs, jnp.array([4, 8, 16]))
+
+        # Another budget for a layer that there is already.
+        deq = eqi.DEQ(cell, eqi.Budget(solver, jnp.array(4)))
+        where = lambda deq: deq.solver.num_steps
+        deq = eqx.tree_at(where, deq, jnp.array(8))
         ```
     """
 
@@ -77,6 +82,9 @@ class Budget(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
             check_positive_int("num_steps", self.num_steps)
 
     def start(self, y: Y, aux: Aux) -> Int[Array, ""]:
+        # Where it was put in by `equinox.tree_at`.
+        if not jnp.issubdtype(jnp.result_type(self.num_steps), jnp.integer):
+            raise TypeError(f"`num_steps` must be an integer. Got {self.num_steps!r}.")
         if jnp.ndim(self.num_steps) > 0:
             raise ValueError(
                 "The `num_steps` of a `Budget` must be one number where it is used. "

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
@@ -9,15 +8,9 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._custom_types import Aux, Y
-from .._misc import check_not_negative
+from .._misc import check_key, check_not_negative
 from .measure import measure, Measurement
 from .wrapper import AbstractSolverWrapper, Concluded, Evaluation
-
-
-def _is_key(key):
-    if not isinstance(key, jax.Array):
-        return False
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
 
 
 def _normal(leaves, key):
@@ -72,8 +65,7 @@ class Noisy(AbstractSolverWrapper[Y, Aux, Int[Array, ""]]):
 
     def __check_init__(self):
         check_not_negative("scale", self.scale)
-        if not _is_key(self.key):
-            raise TypeError(f"`key` must be a `jax.random.key`. Got {self.key!r}.")
+        check_key(self.key)
 
     def start(self, y: Y, aux: Aux) -> Int[Array, ""]:
         return jnp.array(0)
