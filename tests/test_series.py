@@ -40,7 +40,7 @@ def cosine(a, b):
 
 @pytest.mark.parametrize("name", MAPS)
 def test_adaptive_series_take_what_a_map_needs(name, getkey):
-    """A mean cosine above .99 on each, where five terms have below .9 on the hard ones."""
+    """A mean cosine above .99, where five terms have below .9 on the hard ones."""
     jacobian, g = MAPS[name](getkey()), jr.normal(getkey(), (8, SIZE))
     exact = jnp.linalg.solve(jnp.eye(SIZE) - jacobian, g.T).T
 
