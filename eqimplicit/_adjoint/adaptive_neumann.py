@@ -1,19 +1,14 @@
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import LinearMap
 from .._linear_solver.adaptive_neumann import AdaptiveNeumannSeries
 from .._misc import check_fraction, check_positive_int
-from .base import AbstractFixedPointAdjoint
-from .guards import check_fixed_point
-from .linear_solve import LinearSolve, num_products_of
-from .rules import apply_implicit_rule
+from .linear_solve import num_products_of
+from .series import AbstractSeriesAdjoint
 
 
-class AdaptiveNeumannAdjoint(AbstractFixedPointAdjoint):
+class AdaptiveNeumannAdjoint(AbstractSeriesAdjoint):
     r"""The Neumann-series phantom gradient with as many terms as it needs, and a
     damping for each: from $w = 0$ and the cotangent $r = g$
 
@@ -61,28 +56,14 @@ class AdaptiveNeumannAdjoint(AbstractFixedPointAdjoint):
         check_fraction("rtol", self.rtol)
         check_positive_int("max_terms", self.max_terms)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree[Any],
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        del tags
-        check_fixed_point(self, inputs)
-        linear_solve = LinearSolve(self._series, frozenset(), throw=False)
-        return apply_implicit_rule(
-            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=False
-        )
+    @property
+    def series(self) -> AdaptiveNeumannSeries:
+        return AdaptiveNeumannSeries(self.rtol, self.max_terms)
 
     def count_products(
         self, operator: LinearMap, cotangent: PyTree[Array]
     ) -> Int[Array, ""]:
-        return num_products_of(self._series, operator, cotangent)
-
-    @property
-    def _series(self):
-        return AdaptiveNeumannSeries(self.rtol, self.max_terms)
+        return num_products_of(self.series, operator, cotangent)
 
 
 AdaptiveNeumannAdjoint.__init__.__doc__ = """**Arguments:**

@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
@@ -8,13 +5,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._custom_types import LinearMap
 from .._linear_solver.neumann_series import NeumannSeries
 from .._misc import check_positive, check_positive_int
-from .base import AbstractFixedPointAdjoint
-from .guards import check_fixed_point
-from .linear_solve import LinearSolve
-from .rules import apply_implicit_rule
+from .series import AbstractSeriesAdjoint
 
 
-class NeumannAdjoint(AbstractFixedPointAdjoint):
+class NeumannAdjoint(AbstractSeriesAdjoint):
     r"""The Neumann-series phantom gradient: replaces the inverse in
     $\mathrm{d}z / \mathrm{d}\theta = (I - J)^{-1} \partial f / \partial \theta$ by the
     first $k$ terms of a damped Neumann series,
@@ -53,20 +47,9 @@ class NeumannAdjoint(AbstractFixedPointAdjoint):
         check_positive_int("num_terms", self.num_terms)
         check_positive("damping", self.damping)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree[Any],
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        del tags
-        check_fixed_point(self, inputs)
-        series = NeumannSeries(self.num_terms, self.damping)
-        linear_solve = LinearSolve(series, frozenset(), throw=False)
-        return apply_implicit_rule(
-            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=False
-        )
+    @property
+    def series(self) -> NeumannSeries:
+        return NeumannSeries(self.num_terms, self.damping)
 
     def count_products(
         self, operator: LinearMap, cotangent: PyTree[Array]

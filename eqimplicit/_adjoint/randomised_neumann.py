@@ -1,18 +1,12 @@
-from collections.abc import Callable
-from typing import Any
-
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._custom_types import LinearMap
 from .._linear_solver.randomised_neumann import RandomisedNeumannSeries
 from .._misc import check_at_least, check_key
-from .base import AbstractFixedPointAdjoint
-from .guards import check_fixed_point
-from .linear_solve import LinearSolve
-from .rules import apply_implicit_rule
+from .series import AbstractSeriesAdjoint
 
 
-class RandomisedNeumannAdjoint(AbstractFixedPointAdjoint):
+class RandomisedNeumannAdjoint(AbstractSeriesAdjoint):
     r"""The Neumann series with a random number of terms, weighted so that its mean is
     the exact gradient (Russian roulette): with $q = 1 - 1 / m$ for `mean_terms` $m$,
 
@@ -83,26 +77,12 @@ class RandomisedNeumannAdjoint(AbstractFixedPointAdjoint):
         check_at_least("mean_terms", self.mean_terms, 1)
         check_key(self.key)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree[Any],
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        del tags
-        check_fixed_point(self, inputs)
-        linear_solve = LinearSolve(self._series, frozenset(), throw=False)
-        return apply_implicit_rule(
-            self, primal_fn, rewrite_fn, inputs, linear_solve, exact=False
-        )
+    @property
+    def series(self) -> RandomisedNeumannSeries:
+        return RandomisedNeumannSeries(self.mean_terms, self.key)
 
     def count_products(
         self, operator: LinearMap, cotangent: PyTree[Array]
     ) -> Int[Array, ""]:
         del operator, cotangent
-        return self._series.num_terms() - 1
-
-    @property
-    def _series(self):
-        return RandomisedNeumannSeries(self.mean_terms, self.key)
+        return self.series.num_terms() - 1
