@@ -12,7 +12,7 @@ from .rules import apply_implicit_rule
 
 
 class AbstractSeriesAdjoint(AbstractFixedPointAdjoint):
-    """An adjoint with a series of products with the Jacobian in place of the inverse."""
+    """An adjoint with a series in products with the Jacobian for the inverse."""
 
     @property
     @abc.abstractmethod
