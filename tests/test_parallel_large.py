@@ -305,5 +305,5 @@ def test_a_gradient_that_is_not_there_raises_on_demand(size):
     layer = eqi.ThetaLayer(field, 1.0, 1.0, adjoint=adjoint)
     block = eqi.ODEBlock(layer, 3, parallel=True)
     gradient = eqx.filter_jit(jax.grad(lambda y: jnp.sum(block(y, -1.0))))
-    with pytest.raises(RuntimeError, match="linear solve"):
+    with pytest.raises(RuntimeError, match="backward solve"):
         jax.block_until_ready(gradient(jnp.ones(size)))
