@@ -219,10 +219,10 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(
     run(*SHORT, "--out", whole)
     run_epoch = loop._epoch
 
-    def stop_in_the_second(task, data, options, folder, epoch, arrays):
+    def stop_in_the_second(task, data, options, folder, epoch, *rest):
         if epoch == 2:
             raise KeyboardInterrupt
-        return run_epoch(task, data, options, folder, epoch, arrays)
+        return run_epoch(task, data, options, folder, epoch, *rest)
 
     monkeypatch.setattr(loop, "_epoch", stop_in_the_second)
     with pytest.raises(SystemExit) as exit:
