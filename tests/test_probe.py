@@ -341,3 +341,20 @@ def test_errors_of_a_cell_are_explained_as_before(getkey):
     with pytest.raises(TypeError) as info:
         deq(jnp.ones(3), probe=eqi.backward_probe())
     assert "Its signature is `(z)`" in "".join(info.value.__notes__)
+
+
+def test_what_is_no_probe_is_refused(getkey):
+    deq, x = make(getkey(), None), jnp.ones(6)
+    for wrong in (True, eqi.backward_probe):
+        with pytest.raises(TypeError):
+            deq(x, probe=wrong)
+    with pytest.raises(TypeError):
+        eqi.with_probe(eqi.backward_probe(), deq)
+
+
+def test_a_status_is_printed_in_a_line(getkey):
+    deq, x = make(getkey(), None), jnp.ones(6)
+    probe = eqi.backward_probe()
+    assert str(probe) == "no backward solves"
+    status = jax.grad(lambda p: jnp.sum(deq(x, probe=p) ** 2))(probe)
+    assert str(status).startswith("1 backward solves, 0 % failed, residual ")

@@ -30,7 +30,7 @@ MAPS = {
 
 
 def solve(solver, jacobian, g):
-    operator = lx.MatrixLinearOperator(jnp.eye(len(jacobian)) - jacobian)
+    operator = lx.MatrixLinearOperator(jnp.eye(len(g), dtype=g.dtype) - jacobian)
     return solver.solve(operator, g)
 
 
@@ -83,6 +83,20 @@ def test_adaptive_series_say_when_they_have_not_finished():
         w, result, _ = solve(AdaptiveNeumannSeries(0.01, 50), turned, g)
         assert jnp.array_equal(w, g, equal_nan=True) or jnp.any(jnp.isnan(w))
         assert (result == lx.RESULTS.successful) == bool(jnp.all(g == 0))
+
+
+def test_adaptive_series_of_tiny_cotangents_and_of_no_jacobian(getkey):
+    jacobian = matrix_of_norm(getkey(), 6, 0.8, jnp.float32)
+    g = jr.normal(getkey(), (6,), jnp.float32)
+    solver = AdaptiveNeumannSeries(1e-5, 100)
+    w, _, stats = solve(solver, jacobian, g)
+    tiny, result, tiny_stats = solve(solver, jacobian, 1e-25 * g)
+    assert result == lx.RESULTS.successful
+    assert jnp.allclose(1e25 * tiny, w, rtol=1e-5)
+    assert tiny_stats["num_products"] == stats["num_products"]
+    # Found by the first term.
+    w, result, _ = solve(solver, jnp.zeros((6, 6), jnp.float32), g)
+    assert result == lx.RESULTS.successful and jnp.allclose(w, g, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mean_terms", (2, 4.5))

@@ -411,3 +411,13 @@ def test_an_adjoint_that_needs_iterations_is_refused():
         )
     with pytest.raises(ValueError, match="With `ts` the ThetaLayer must not"):
         eqi.ODEBlock(layer, 1)(jnp.ones(1), ts=jnp.array([0.0, 0.1]))
+
+
+def test_times_in_the_place_of_the_first_are_refused():
+    layer = eqi.ThetaLayer(lambda t, y, args: -y)
+    block, times = eqi.ODEBlock(layer, 2), jnp.array([0.0, 0.1, 0.2])
+    for call in (layer, block, block.trajectory, block.solve):
+        with pytest.raises(ValueError, match="must be one number.*`ts=...`"):
+            call(jnp.ones(3), times)
+    with pytest.raises(ValueError, match="real numbers. Got dtype datetime64"):
+        block(jnp.ones(3), ts=np.array(["2026-01-01", "2026-01-02"], "datetime64[s]"))

@@ -401,3 +401,10 @@ def test_a_budget_of_several_numbers_is_refused_where_it_is_used():
     solver = eqi.Budget(eqi.Picard(1e-6, 1e-6), jnp.array([3, 4]))
     with pytest.raises(ValueError, match="must be one number where it is used"):
         eqi.DEQ(lambda z, x: 0.5 * z + x, solver)(jnp.ones(2))
+
+
+def test_a_budget_that_is_put_in_later_is_an_integer():
+    deq = eqi.DEQ(lambda z, x: 0.5 * z + x, eqi.Budget(eqi.Picard(1e-6, 1e-6), 3))
+    deq = eqx.tree_at(lambda deq: deq.solver.num_steps, deq, 4.5)
+    with pytest.raises(TypeError, match="`num_steps` must be an integer. Got 4.5"):
+        deq(jnp.ones(2))

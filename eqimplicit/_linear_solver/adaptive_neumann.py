@@ -48,6 +48,9 @@ class AdaptiveNeumannSeries(AbstractMatrixFreeSolver):
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         b, unravel = ravel(vector)
         target = b.astype(accumulation_dtype(b.dtype))
+        # Cotangents may be so tiny that their squares underflow.
+        size = two_norm(target)
+        target = target / jnp.where(size > 0, size, 1)
         rtol = lax.stop_gradient(self.rtol)
 
         def goes_on(state: _State) -> Bool[Array, ""]:
@@ -72,15 +75,15 @@ class AdaptiveNeumannSeries(AbstractMatrixFreeSolver):
                 is_useful & (share > rtol),
             )
 
-        one = jnp.ones_like(two_norm(b))
+        one = jnp.ones_like(size)
         start = _State(0 * target, target, one, jnp.array(0), jnp.any(b != 0))
         state = lax.while_loop(goes_on, add_term, start)
-        converged = (state.share <= rtol) | ~jnp.any(b != 0)
+        converged = (state.share <= rtol) | jnp.all(state.residual == 0)
         result = lx.RESULTS.where(
             converged, lx.RESULTS.successful, lx.RESULTS.max_steps_reached
         )
         stats = {
             "num_products": state.num_products,
-            "residual": two_norm(state.residual),
+            "residual": size * two_norm(state.residual),
         }
-        return unravel(state.total.astype(b.dtype)), result, stats
+        return unravel((size * state.total).astype(b.dtype)), result, stats

@@ -22,7 +22,7 @@ class RandomisedNeumannSeries(AbstractMatrixFreeSolver):
 
     def num_terms(self) -> Int[Array, ""]:
         """How many the key says."""
-        # The smallest number that single precision can draw: some 10^38.
+        # Never zero, of which there is no logarithm.
         uniform = jr.uniform(self.key, minval=jnp.finfo(jnp.float32).tiny)
         quotient = jnp.log(uniform) / jnp.log(self._survival(uniform.dtype))
         return 1 + jnp.floor(quotient).astype(int)

@@ -274,12 +274,13 @@ ODEBlock.__init__.__doc__ = """**Arguments:**
     is solved by an associative scan, on the CPU by a loop. The values and derivatives
     are those of one step after the other, to the tolerance of the layer. For layers
     that solve an equation ([`eqimplicit.ThetaLayer`][],
-    [`eqimplicit.RungeKuttaLayer`][]), whose `adjoint` is exact (of it, `throw` is
-    used). On stable fields five to seven iterations do, whatever `num_steps`; where the
-    whole trajectory is not found in 20, as on chaotic and on very stiff fields, the
-    steps are made one after the other (in `stats`, `in_parallel` tells, and `num_steps`
-    are the iterations). Only then are they made by the `solver` of the
-    layer, of which otherwise only the tolerances count.
+    [`eqimplicit.RungeKuttaLayer`][]), whose `adjoint` is exact (of it, `throw` is used,
+    and its linear solver where large states are left to steps in turn). On stable
+    fields five to seven iterations do, whatever `num_steps`; where the whole trajectory
+    is not found in 20, as on chaotic and on very stiff fields, the steps are made one
+    after the other (in `stats`, `in_parallel` tells, and `num_steps` are the
+    iterations). Only then are they made by the `solver` of the layer, of which
+    otherwise only the tolerances count.
 
     States of up to 64 unknowns have their Jacobian, by a product for each: work and
     memory grow with the cube and the square of their number, for each step. Larger ones
